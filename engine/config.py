@@ -1,0 +1,80 @@
+"""Frozen configuration: what a model is (`ModelConfig`) and how the engine runs it (`EngineConfig`).
+
+A `ModelConfig` is architecture-neutral: a reader in `engine.models` fills it from a checkpoint's `config.json` and
+refuses what the engine does not do, so that everything below works from explicit fields and never from JSON. Derived
+run-time state (what fits in memory, which kernels run) lives elsewhere; nothing here is changed after construction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+RopeKind = Literal["default", "linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding over the whole head (rotate-half pairing: i with i + D/2).
+
+    kind selects the frequency rule; fields a kind does not use keep their defaults.
+    attention_factor None means "derive it from factor" as the YaRN paper does; it multiplies cos and sin.
+    """
+
+    theta: float = 10000.0
+    kind: RopeKind = "default"
+    factor: float = 1.0  # linear, llama3, yarn: context extension factor
+    original_max_position: int = 0  # llama3, yarn: context length before extension, tokens
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn
+    mscale: float | None = None  # yarn, DeepSeek spelling
+    mscale_all_dim: float | None = None  # yarn, DeepSeek spelling
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A dense decoder: shapes, flags and constants. One spelling per dimension: see `engine.ops`.
+
+    layer_windows has one entry per layer: a sliding window in tokens (a query sees itself and the window - 1 tokens
+    before it), or None for full attention.
+    """
+
+    architecture: str  # as in config.json, e.g. "Qwen3ForCausalLM"
+    vocab_size: int  # V
+    hidden_size: int  # C
+    intermediate_size: int  # F
+    num_layers: int
+    num_heads: int  # H
+    num_kv_heads: int  # KVH, divides H
+    head_dim: int  # D, a multiple of 8 up to 256; not necessarily C / H
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    layer_windows: tuple[int | None, ...]
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    dtype: str = "bfloat16"  # the checkpoint's: "bfloat16" | "float16" | "float32"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How the engine runs a model. None means "choose, and report under verbose"."""
+
+    device: str = "auto"  # "auto" | "cpu"
+    dtype: str = "auto"  # activations: "auto" | "bfloat16" | "float16" | "float32"
+    max_model_len: int | None = None  # tokens per sequence, prompt and answer together
+    max_num_seqs: int = 64  # sequences running at once
+    max_num_batched_tokens: int = 512  # tokens per step; longer prefills are cut into chunks
+    block_size: int = 16  # KV-cache block, tokens
+    kv_cache_bytes: int | None = None  # memory for the KV cache
+    enable_prefix_caching: bool = True
+    threads: int | None = None  # CPU threads; None = physical cores available to this process

@@ -1,0 +1,165 @@
+"""Plain data that crosses module borders: requests, sampling parameters, results, and one step's `Batch`.
+
+Nothing here computes beyond validating itself; nothing here imports more than the standard library and NumPy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import RequestError
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Logprob(NamedTuple):
+    """One candidate token's log-probability (natural log, of the raw model distribution) and 1-based rank."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. None falls to generation_config.json, then to the neutral value.
+
+    Raises RequestError for values out of range.
+    """
+
+    n: int = 1
+    temperature: float | None = None  # >= 0; 0 = greedy; neutral 1
+    top_p: float | None = None  # (0, 1]
+    top_k: int | None = None  # 0 or -1 = off
+    min_p: float | None = None  # [0, 1]
+    repetition_penalty: float | None = None  # > 0; neutral 1; over prompt and answer
+    presence_penalty: float = 0.0  # [-2, 2]; over the answer
+    frequency_penalty: float = 0.0  # [-2, 2]; over the answer
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None  # None = from the operating system's entropy
+    stop: str | Sequence[str] | None = None  # never emitted
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = None  # None = to the end of the context
+    min_tokens: int = 0
+    logprobs: int | None = None  # top candidates per answer token besides the chosen one
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name, low, high, low_open in _RANGES:
+            _check_range(name, getattr(self, name), low, high, low_open)
+        for name, low in _INTEGERS:
+            _check_integer(name, getattr(self, name), low)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens {self.min_tokens} is larger than max_tokens {self.max_tokens}")
+        if any(not isinstance(text, str) or not text for text in self.stop or ()):
+            raise RequestError("stop strings must be non-empty text")
+        for token in self.stop_token_ids or ():
+            _check_integer("stop_token_ids", token, 0)
+        for token, bias in (self.logit_bias or {}).items():
+            _check_integer("logit_bias token", token, 0)
+            _check_range("logit_bias", bias, -100.0, 100.0, False)
+
+    def with_defaults(self, defaults: Mapping[str, float | int]) -> SamplingParams:
+        """Fill fields that are None from `defaults` (generation_config.json); explicit values win."""
+        filled = {f.name: getattr(self, f.name) for f in fields(self)}
+        filled.update({k: v for k, v in defaults.items() if k in filled and filled[k] is None})
+        return SamplingParams(**filled)
+
+
+_INF = math.inf
+_RANGES: tuple[tuple[str, float, float, bool], ...] = (  # name, low, high, low excluded
+    ("temperature", 0.0, _INF, False),
+    ("top_p", 0.0, 1.0, True),
+    ("min_p", 0.0, 1.0, False),
+    ("repetition_penalty", 0.0, _INF, True),
+    ("presence_penalty", -2.0, 2.0, False),
+    ("frequency_penalty", -2.0, 2.0, False),
+)
+_INTEGERS: tuple[tuple[str, int], ...] = (
+    ("n", 1),
+    ("top_k", -1),
+    ("max_tokens", 1),
+    ("min_tokens", 0),
+    ("logprobs", 0),
+    ("prompt_logprobs", 0),
+    ("seed", 0),
+)
+
+
+def _check_range(name: str, value: object, low: float, high: float, low_open: bool) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise RequestError(f"{name} must be a number, not {value!r}")
+    number = float(value)
+    inside = (number > low if low_open else number >= low) and number <= high and math.isfinite(number)
+    if not inside:
+        raise RequestError(f"{name} must be in {'(' if low_open else '['}{low:g}, {high:g}], not {value!r}")
+
+
+def _check_integer(name: str, value: object, low: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise RequestError(f"{name} must be a whole number, not {value!r}")
+    if value < low:
+        raise RequestError(f"{name} must be at least {low}, not {value}")
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One answer to a request (a request with n > 1 has several)."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: FinishReason | None  # None while running
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A finished request."""
+
+    prompt: str | None  # None where token ids were given
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None  # first entry None
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    num_cached_tokens: int = 0  # prompt tokens served from the prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPiece:
+    """What one step added to one answer. text may be empty (half a character, a held-back stop prefix)."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work: the rows of S sequences back to back, prefill chunks and decodes mixed freely.
+
+    Sequence s owns rows [query_start[s], query_start[s + 1]); its rows are its newest tokens, in order.
+    A slot is block * block_size + offset in the paged KV cache.
+    """
+
+    token_ids: NDArray[np.int32]  # [T]
+    positions: NDArray[np.int32]  # [T], 0-based in the sequence
+    slot_mapping: NDArray[np.int32]  # [T], where the row's K and V are written
+    query_start: NDArray[np.int32]  # [S + 1]
+    context_lens: NDArray[np.int32]  # [S], tokens in the cache once this step's are written
+    block_tables: NDArray[np.int32]  # [S, B], physical blocks in order, padded with 0
+    logit_rows: NDArray[np.int32]  # [R], the rows whose logits are wanted
