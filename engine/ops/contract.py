@@ -1,0 +1,123 @@
+"""The contract every backend fulfils: what each operation computes, on which shapes and types.
+
+A backend is a value (`Ops`) chosen once from the device; models call nothing else. `engine.ops.reference` is the NumPy
+definition of every operation, `engine.ops.cpu` the C++ one. Arrays are row-major ("C") unless said otherwise; on CPU
+backends they are NumPy arrays whose dtype is float32, float16 or ml_dtypes.bfloat16.
+
+Guarantees each backend gives:
+* fp32 accumulation, one rounding to the output's dtype;
+* a row's result depends on that row alone (and for attention on its own sequence), bitwise: never on T, on the other
+  rows, on how a prefill was cut into chunks or on the number of threads. Hence every reduction order is a function of
+  K, D or the absolute position alone;
+* `rms_norm`, `rope_and_cache`, `silu_mul` and `embed` give the same bits on every backend (their arithmetic is fixed
+  in `reference`); `linear` and `attention` may differ between backends in accumulation order only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.core import Batch
+
+Array = NDArray[Any]  # activations: float32, float16 or ml_dtypes.bfloat16
+
+
+class PackedWeight(Protocol):
+    """A weight [N, K] in the backend's own layout; N counts all shards one after the other."""
+
+    @property
+    def N(self) -> int: ...
+    @property
+    def K(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class KVCache(Protocol):
+    """Paged K and V of all layers in the backend's own layout; `block_size` tokens a block."""
+
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Ops(Protocol):
+    """The operations of one backend. `out` arrays are written in full and returned; they never overlap inputs, except
+    that `residual` of `linear` may be `out` itself."""
+
+    kernel_path: str  # what runs, for the user: "avx512-bf16, 2 threads" | "numpy"
+    kv_block_size: int  # tokens per KV block this backend's layout wants
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Uninitialised memory this backend can write to (64-byte aligned on the CPU)."""
+
+    def all_finite(self, array: Array) -> bool:
+        """Whether no element is NaN or infinite. Any shape; float32, float16, bfloat16."""
+
+    def pack_weight(self, shards: Sequence[Array]) -> PackedWeight:
+        """Lay [N_i, K] shards (one dtype, one K) out for `linear`; the values stay exactly as given."""
+
+    def linear(
+        self,
+        x: Array,
+        weight: PackedWeight,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        """out = x · weightᵀ + bias + residual.
+
+        x [T, K]; bias [N]; residual [T, N] of x's dtype; out [T, N] of x's dtype or float32. Products and sums in fp32
+        (a bf16 × bf16 product is exact there); bias, then residual are added in fp32 before the one rounding.
+        """
+
+    def embed(self, table: Array, token_ids: NDArray[np.int32], *, out: Array) -> Array:
+        """out[t] = table[token_ids[t]]; table [V, C], converted to out's dtype [T, C]."""
+
+    def rms_norm(self, x: Array, weight: NDArray[np.float32], eps: float, *, out: Array) -> Array:
+        """out = (x · inv_rms) · weight; x, out [T, C]; weight [C]. The order of the sum is fixed: see `reference`."""
+
+    def silu_mul(self, gate_up: Array, *, out: Array) -> Array:
+        """out = silu(gate) · up; gate_up [T, 2F] = gate | up; out [T, F]."""
+
+    def new_kv_cache(
+        self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+    ) -> KVCache:
+        """Zeroed cache of num_blocks · kv_block_size token slots per layer."""
+
+    def rope_and_cache(
+        self,
+        qkv: Array,
+        rope_table: NDArray[np.float32],
+        batch: Batch,
+        cache: KVCache,
+        layer: int,
+        *,
+        q_norm: NDArray[np.float32] | None,
+        k_norm: NDArray[np.float32] | None,
+        eps: float,
+        out: Array,
+    ) -> Array:
+        """Per head: RMSNorm over D where q_norm/k_norm [D] are given, then rotary embedding; K and V go to the cache.
+
+        qkv [T, (H + 2·KVH)·D] = q | k | v; rope_table [P, D] = cos [D/2] | sin [D/2] per position, with
+        out_i = x_i·cos_i − x_{i+D/2}·sin_i and out_{i+D/2} = x_{i+D/2}·cos_i + x_i·sin_i in fp32. Rows go to
+        batch.slot_mapping. out [T, H·D] receives the rotated q.
+        """
+
+    def attention(
+        self, q: Array, batch: Batch, cache: KVCache, layer: int, *, scale: float, window: int | None, out: Array
+    ) -> Array:
+        """Causal attention of every row over its own sequence's cached tokens (its own included).
+
+        q, out [T, H·D]; head h reads KV head h // (H / KVH). A row at position p of its sequence sees positions
+        max(0, p − window + 1) … p. softmax(scale · q·kᵀ) in fp32.
+        """
