@@ -1,0 +1,45 @@
+"""The method that quantises nothing: weights exactly as the checkpoint stores them, activations in the run's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.ops.contract import Array, Ops, PackedWeight
+from engine.workspace import Workspace
+
+
+class AsStored:
+    """Operands are the activations themselves; norms and SwiGLU run as operations of their own."""
+
+    name = "as-stored"
+
+    def __init__(self, ops: Ops, workspace: Workspace) -> None:
+        self._ops = ops
+        self._workspace = workspace
+
+    def pack(self, shards: Sequence[Array]) -> PackedWeight:
+        return self._ops.pack_weight(shards)
+
+    def prepare(self, x: Array) -> Array:
+        return x
+
+    def prepare_norm(self, x: Array, weight: NDArray[np.float32], eps: float) -> Array:
+        return self._ops.rms_norm(x, weight, eps, out=self._workspace.take("norm", x.shape, x.dtype))
+
+    def prepare_silu_mul(self, gate_up: Array) -> Array:
+        T, width = gate_up.shape
+        return self._ops.silu_mul(gate_up, out=self._workspace.take("silu_mul", (T, width // 2), gate_up.dtype))
+
+    def matmul(
+        self,
+        operand: Array,
+        weight: PackedWeight,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        return self._ops.linear(operand, weight, out=out, bias=bias, residual=residual)

@@ -1,0 +1,75 @@
+"""The dense decoder that Llama, Mistral, Qwen2 and Qwen3 share: they differ in the flags of `ModelConfig` alone.
+
+Parameter names are those of the Hugging Face checkpoints. Forward and head are separate because logits are wanted for
+few rows: the last of each sequence, not of each prompt token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import ModelConfig
+from engine.core import Batch
+from engine.layers import Attention, Context, Embedding, GatedMLP, Linear, Parameter, RMSNorm
+from engine.ops.contract import Array, KVCache
+from engine.quant.method import LinearMethod
+
+
+class Decoder:
+    """Embedding, `num_layers` × (attention, MLP), norm, head."""
+
+    def __init__(
+        self, config: ModelConfig, context: Context, *, method: LinearMethod, head_method: LinearMethod
+    ) -> None:
+        V, C = config.vocab_size, config.hidden_size
+        self.config = config
+        self._embedding = Embedding(context, "model.embed_tokens.weight", V, C)
+        self._layers = [
+            (
+                Attention(context, method, config, f"{prefix}.self_attn", f"{prefix}.input_layernorm", layer),
+                GatedMLP(context, method, config, f"{prefix}.mlp", f"{prefix}.post_attention_layernorm"),
+            )
+            for layer in range(config.num_layers)
+            for prefix in (f"model.layers.{layer}",)
+        ]
+        self._norm = RMSNorm("model.norm.weight", C, config.rms_norm_eps)
+        self._head = Linear(context, head_method, {"lm_head": V}, C, bias=False, role="logits")
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Every checkpoint tensor this model needs, each exactly once."""
+        for attention, mlp in self._layers:
+            yield from attention.parameters()
+            yield from mlp.parameters()
+        yield from self._norm.parameters()
+        if not self.config.tie_word_embeddings:
+            yield from self._embedding.parameters()
+            yield from self._head.parameters()
+            return
+        (table,) = self._embedding.parameters()
+
+        def fill_both(array: Array) -> Sequence[str]:
+            self._head.fill_weight("lm_head", array)
+            return table.fill(array)
+
+        yield Parameter(table.name, table.shape, fill_both)
+
+    @property
+    def redundant_tensors(self) -> tuple[str, ...]:
+        """Patterns of tensors that some exports carry although they follow from the config or from another tensor."""
+        tied = ("lm_head.weight",) if self.config.tie_word_embeddings else ()
+        return ("*.rotary_emb.inv_freq", *tied)
+
+    def forward(self, batch: Batch, cache: KVCache) -> Array:
+        """Hidden states [T, C] before the last norm; writes this step's K and V. Valid until the next call."""
+        x = self._embedding(batch.token_ids)
+        for attention, mlp in self._layers:
+            x = attention(x, batch, cache)
+            x = mlp(x)
+        return x
+
+    def logits(self, hidden: Array) -> NDArray[np.float32]:
+        """Logits [R, V] of rows [R, C] of `forward`'s result. Valid until the next call."""
+        return self._head(self._head.prepare_norm(hidden, self._norm), len(hidden), dtype=np.dtype(np.float32))
