@@ -1,0 +1,101 @@
+"""Prove that a checkpoint and a model fit: every parameter filled exactly once, nothing left over, no shape bent.
+
+A tensor dropped in silence is a wrong model that still talks, so everything is compared before the first byte is
+read. Names and shapes come from the model, which alone knows what it needs. Values are not looked at here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from numpy.typing import NDArray
+
+from engine.errors import WeightsError
+from engine.weights.checkpoint import Checkpoint, named
+from engine.weights.safetensors_file import TensorEntry
+
+FLOATS = ("F32", "F16", "BF16")
+_LISTED = 5  # tensors named in a message
+
+
+def fill(
+    expected: Mapping[str, tuple[int, ...]],
+    checkpoint: Checkpoint,
+    consume: Callable[[str, NDArray[Any]], None],
+    *,
+    ignore: Iterable[str] = (),
+    ties: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Call `consume(name, array)` once for each expected parameter, in the order of the files' bytes.
+
+    expected: parameter -> shape. Arrays are read-only views of the mapped files: float32, float16 or bfloat16.
+    ignore: fnmatch patterns of tensors that may be there and are dropped (expected ones never are).
+    ties: tensors that may be there and are dropped because they repeat an expected parameter: name -> that
+        parameter, whose shape they must have ({"lm_head.weight": "model.embed_tokens.weight"}).
+    progress: called with (bytes done, bytes in all) after each tensor.
+    Raises WeightsError naming tensor, file, expected and found shape before anything is consumed.
+    """
+    patterns, ties = tuple(ignore), ties or {}
+    shapes = dict(expected) | {name: expected[target] for name, target in ties.items()}
+    entries = [checkpoint.entry(name) for name in checkpoint.names()]
+    kept = [entry for entry in entries if entry.name in shapes or not _matches(entry.name, patterns)]
+    _check_types(kept, shapes)
+    _check_names(kept, expected, shapes, checkpoint)
+    _check_shapes(kept, shapes)
+    wanted = [entry for entry in kept if entry.name in expected]
+    done, total = 0, sum(entry.nbytes for entry in wanted)
+    for entry in wanted:
+        consume(entry.name, checkpoint.tensor(entry.name))
+        done += entry.nbytes
+        if progress is not None:
+            progress(done, total)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_types(entries: list[TensorEntry], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for entry in entries:
+        if entry.name in shapes and entry.dtype not in FLOATS:
+            raise WeightsError(
+                f"{entry.file}: tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; "
+                f"checkpoints quantised in this way are not supported yet, only {', '.join(FLOATS)}"
+            )
+
+
+def _check_names(
+    entries: list[TensorEntry],
+    expected: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    checkpoint: Checkpoint,
+) -> None:
+    present = {entry.name for entry in entries}
+    missing = [name for name in expected if name not in present]
+    surplus = [entry for entry in entries if entry.name not in shapes]
+    problems = []
+    if missing:
+        problems.append(f"missing: {named(missing, _LISTED)}, the first of shape {list(expected[missing[0]])}")
+    if surplus:
+        first = surplus[0]
+        names = named([entry.name for entry in surplus], _LISTED)
+        problems.append(
+            f"unknown to the model: {names}, the first {first.dtype} {list(first.shape)} in {first.file.name}"
+        )
+    if problems:
+        raise WeightsError(f"{checkpoint.directory}: the weights do not match the model: {'; '.join(problems)}")
+
+
+def _check_shapes(entries: list[TensorEntry], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    wrong = [entry for entry in entries if entry.shape != shapes[entry.name]]
+    if not wrong:
+        return
+    shown = "; ".join(
+        f"{entry.name!r} in {entry.file.name}: expected {list(shapes[entry.name])}, found {list(entry.shape)}"
+        for entry in wrong[:_LISTED]
+    )
+    more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
+    raise WeightsError(f"{wrong[0].file.parent}: {len(wrong)} tensors have the wrong shape: {shown}{more}")
