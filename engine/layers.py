@@ -41,7 +41,6 @@ class Context:
     ops: Ops
     workspace: Workspace
     dtype: np.dtype[Any]  # of activations
-    rope_table: NDArray[np.float32]  # [P, D] = cos | sin
 
 
 class Embedding:
@@ -177,13 +176,13 @@ class Attention:
             if part is not None:
                 yield from part.parameters()
 
-    def __call__(self, x: Array, batch: Batch, cache: KVCache) -> Array:
-        """x [T, C] plus attention's output, written over x."""
+    def __call__(self, x: Array, batch: Batch, cache: KVCache, rope_table: NDArray[np.float32]) -> Array:
+        """x [T, C] plus attention's output, written over x; rope_table [P, D] covers the batch's positions."""
         ops, take, T = self._context.ops, self._context.workspace.take, len(x)
         qkv = self._qkv(self._qkv.prepare_norm(x, self._norm), T)
         q = ops.rope_and_cache(
             qkv,
-            self._context.rope_table,
+            rope_table,
             batch,
             cache,
             self._layer,

@@ -16,16 +16,20 @@ from engine.core import Batch
 from engine.layers import Attention, Context, Embedding, GatedMLP, Linear, Parameter, RMSNorm
 from engine.ops.contract import Array, KVCache
 from engine.quant.method import LinearMethod
+from engine.rope import RopeTable
 
 
 class Decoder:
     """Embedding, `num_layers` × (attention, MLP), norm, head."""
+
+    redundant_tensors = ("*.rotary_emb.inv_freq",)  # patterns of what older exports carry and the config implies
 
     def __init__(
         self, config: ModelConfig, context: Context, *, method: LinearMethod, head_method: LinearMethod
     ) -> None:
         V, C = config.vocab_size, config.hidden_size
         self.config = config
+        self._rope = RopeTable(config.rope, config.head_dim)
         self._embedding = Embedding(context, "model.embed_tokens.weight", V, C)
         self._layers = [
             (
@@ -57,16 +61,16 @@ class Decoder:
         yield Parameter(table.name, table.shape, fill_both)
 
     @property
-    def redundant_tensors(self) -> tuple[str, ...]:
-        """Patterns of tensors that some exports carry although they follow from the config or from another tensor."""
-        tied = ("lm_head.weight",) if self.config.tie_word_embeddings else ()
-        return ("*.rotary_emb.inv_freq", *tied)
+    def tied_tensors(self) -> dict[str, str]:
+        """Tensors that only repeat a parameter, if a checkpoint has them at all: name -> that parameter."""
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
 
     def forward(self, batch: Batch, cache: KVCache) -> Array:
         """Hidden states [T, C] before the last norm; writes this step's K and V. Valid until the next call."""
+        rope_table = self._rope.covering(int(batch.positions.max()) + 1)
         x = self._embedding(batch.token_ids)
         for attention, mlp in self._layers:
-            x = attention(x, batch, cache)
+            x = attention(x, batch, cache, rope_table)
             x = mlp(x)
         return x
 

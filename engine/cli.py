@@ -1,0 +1,74 @@
+"""What every command line shares: the options that choose and run a model, and how errors reach the user.
+
+An engine error becomes one line on stderr and exit status 1 (2 for unusable options, as argparse does, 130 after
+Ctrl-C); a traceback appears under `-v` only. stdout carries results alone, so that it can be piped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from engine.llm import LLM
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --revision, --device, --threads, --dtype, --max-model-len, -v."""
+    group = parser.add_argument_group("model and device")
+    group.add_argument("--model", default="demo", help="directory, repo id or alias (default: %(default)s)")
+    group.add_argument("--revision", help="branch, tag or commit of a Hugging Face repo")
+    group.add_argument("--device", default="auto", help="auto | cpu | numpy | cuda (default: %(default)s)")
+    group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
+    group.add_argument("--dtype", default="auto", help="activations: auto | bfloat16 | float16 | float32")
+    group.add_argument("--max-model-len", type=int, help="longest sequence, prompt and answer together, in tokens")
+    group.add_argument("-v", "--verbose", action="store_true", help="say what was chosen; tracebacks on errors")
+
+
+def open_model(options: argparse.Namespace) -> LLM:
+    """The model that `add_model_options`' options describe; reports what it chose under -v."""
+    from engine.llm import LLM  # the tokenizer library and the backend load here, not for --help or a bad option
+
+    llm = LLM(
+        options.model,
+        revision=options.revision,
+        device=options.device,
+        threads=options.threads,
+        dtype=options.dtype,
+        max_model_len=options.max_model_len,
+        progress=True,
+    )
+    if options.verbose:
+        say(llm.describe())
+    return llm
+
+
+def say(text: str) -> None:
+    """One message for the person at the terminal: stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> int:
+    """Parse, run, and turn what goes wrong into a line and an exit status."""
+    options = parser.parse_args()
+    try:
+        main(options)
+        sys.stdout.flush()
+    except EngineError as error:
+        if options.verbose:
+            traceback.print_exc()
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our stdout has left, which is its right
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0

@@ -1,0 +1,132 @@
+"""One model on one backend: load it, size its KV cache, run its steps.
+
+`load_model` joins the three that do not know each other: the checkpoint (engine.weights), the architecture
+(engine.models) and the backend (engine.ops). The runner knows nothing of requests; `Batch` in, logits out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import EngineConfig, ModelConfig
+from engine.core import Batch
+from engine.errors import CapacityError, InvalidArgument, NumericalError
+from engine.layers import Context
+from engine.memory import available_memory
+from engine.models.decoder import Decoder
+from engine.ops.contract import Array, KVCache, Ops
+from engine.quant.as_stored import AsStored
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.coverage import fill
+from engine.workspace import Workspace
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+# Share of the memory left after loading that the KV cache may take unless told otherwise: an embedded engine is a
+# guest, and the cap of max_num_seqs x max_model_len usually binds first.
+_KV_SHARE = 0.25
+
+
+def activation_dtype(name: str, stored: str) -> np.dtype[Any]:
+    """The run's dtype: `name`, or the checkpoint's (`stored`) for "auto". Raises InvalidArgument."""
+    if name != "auto" and name not in DTYPES:
+        raise InvalidArgument(f"unknown dtype {name!r}; choose auto or one of {', '.join(DTYPES)}")
+    return DTYPES[stored if name == "auto" else name]
+
+
+def load_model(
+    config: ModelConfig,
+    directory: Path,
+    ops: Ops,
+    dtype: np.dtype[Any],
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """The model of a checkpoint directory, every parameter filled exactly once and finite.
+
+    progress(done, total) counts bytes. Raises WeightsError, NumericalError.
+    """
+    workspace = Workspace(ops)
+    method = AsStored(ops, workspace)
+    model = Decoder(config, Context(ops, workspace, dtype), method=method, head_method=method)
+    parameters = {parameter.name: parameter for parameter in model.parameters()}
+    checkpoint = Checkpoint(directory)
+
+    def consume(name: str, array: Array) -> None:
+        if not ops.all_finite(array):
+            raise NumericalError(f"{directory}: tensor {name} contains NaN or infinite values")
+        for used in parameters[name].fill(array):
+            checkpoint.release(used)
+
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    fill(shapes, checkpoint, consume, ignore=model.redundant_tensors, ties=model.tied_tensors, progress=progress)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """Size of the KV cache and the sequence length it allows."""
+
+    num_blocks: int
+    block_size: int  # tokens
+    nbytes: int
+    max_model_len: int  # tokens
+
+    def __str__(self) -> str:
+        tokens = self.num_blocks * self.block_size
+        return f"KV cache {tokens} tokens ({self.nbytes / 2**20:.0f} MiB), sequences up to {self.max_model_len} tokens"
+
+
+def plan_cache(model: ModelConfig, engine: EngineConfig, block_size: int, itemsize: int) -> CachePlan:
+    """Size the cache from the memory available now, capped by what max_num_seqs sequences of full length need.
+
+    Raises InvalidArgument for a length beyond the model's, CapacityError where the wanted length cannot fit.
+    """
+    limit = model.max_position_embeddings
+    if engine.max_model_len is not None and not 1 <= engine.max_model_len <= limit:
+        raise InvalidArgument(f"max_model_len {engine.max_model_len} is not in 1 … {limit}, the model's context length")
+    length = engine.max_model_len or limit
+    block_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * block_size * itemsize
+    budget = engine.kv_cache_bytes
+    if budget is None:
+        budget = int(available_memory() * _KV_SHARE)
+    num_blocks = min(engine.max_num_seqs * -(-length // block_size), budget // block_bytes)
+    fitting = min(limit, num_blocks * block_size)
+    if fitting < 1 or (engine.max_model_len is not None and fitting < length):
+        raise CapacityError(
+            f"a KV cache of {budget / 2**20:.0f} MiB holds {fitting} tokens, fewer than the wanted {length}; "
+            f"lower max_model_len or raise kv_cache_bytes ({block_bytes} bytes per {block_size} tokens)"
+        )
+    return CachePlan(num_blocks, block_size, num_blocks * block_bytes, min(length, fitting))
+
+
+class ModelRunner:
+    """Runs batches through a loaded model. Not thread-safe: one step at a time."""
+
+    def __init__(self, model: Decoder, ops: Ops, plan: CachePlan, dtype: np.dtype[Any]) -> None:
+        config = model.config
+        self._model = model
+        self.cache: KVCache = ops.new_kv_cache(
+            num_layers=config.num_layers,
+            num_blocks=plan.num_blocks,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+        )
+
+    def hidden(self, batch: Batch) -> Array:
+        """Run one step; the hidden states [R, C] of batch.logit_rows, a copy."""
+        return self._model.forward(batch, self.cache)[batch.logit_rows]
+
+    def logits(self, hidden: Array, rows: Sequence[int] | slice = slice(None)) -> NDArray[np.float32]:
+        """Logits [r, V] of some rows of `hidden`'s result. Valid until the next call."""
+        return self._model.logits(np.ascontiguousarray(hidden[rows]))
