@@ -65,7 +65,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: `LLM` takes its defaults from the class's attributes
 class EngineConfig:
     """How the engine runs a model. None means "choose, and report under verbose"."""
 

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, RopeConfig
 from engine.core import Batch
 from engine.ops.contract import Array, KVCache, Ops
 from engine.quant.method import LinearMethod
+from engine.rope import rope_table
 from engine.workspace import Workspace
 
 
@@ -149,6 +150,21 @@ class Linear:
         if out is None:
             out = self._context.workspace.take(self._role, (T, self.N), dtype or self._context.dtype)
         return self._method.matmul(operand, self._weight, out=out, bias=self._bias, residual=residual)
+
+
+class RotaryTable:
+    """cos | sin of every position met so far; a context of 128k tokens costs nothing before it is used."""
+
+    def __init__(self, rope: RopeConfig, head_dim: int) -> None:
+        self._rope = rope
+        self._head_dim = head_dim
+        self._table: NDArray[np.float32] = np.empty((0, head_dim), np.float32)
+
+    def covering(self, num_positions: int) -> NDArray[np.float32]:
+        """[P, D] with P at least num_positions; doubles, so that growing costs no more than the final size twice."""
+        if num_positions > len(self._table):
+            self._table = rope_table(self._rope, self._head_dim, max(num_positions, 2 * len(self._table), 512))
+        return self._table
 
 
 class Attention:

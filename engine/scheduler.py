@@ -87,13 +87,14 @@ class Scheduler:
         Raises RequestError when it can never be served, naming the length that can.
         """
         assert seq.arrival < 0, "a sequence is added once"
-        longest = self.max_model_len - 1
         if seq.num_prompt == 0:
             raise RequestError("the prompt is empty; give at least one token")
+        num_answer = 0 if seq.only_scored else 1  # tokens an answer has at least
+        longest = self.max_model_len - num_answer
         if seq.num_prompt > longest:
             raise RequestError(
                 f"the prompt has {seq.num_prompt} tokens and at most {longest} fit (max_model_len "
-                f"{self.max_model_len}, of which one is for the answer); shorten it or raise max_model_len"
+                f"{self.max_model_len}, of which {num_answer} for the answer); shorten it or raise max_model_len"
             )
         siblings = self._requests.setdefault(seq.request_id, [])
         seq.leader = siblings[0] if siblings else None
@@ -160,10 +161,11 @@ class Scheduler:
             self._register_blocks(seq)
             if seq.num_remaining > 0:
                 continue
-            seq.tokens.append(new_tokens[seq])
+            if not seq.only_scored:
+                seq.tokens.append(new_tokens[seq])
             if seq in stopped:
                 self.finish(seq, "stop")
-            elif len(seq.tokens) == self.max_model_len or seq.num_output == seq.params.max_tokens:
+            elif seq.only_scored or len(seq.tokens) == self.max_model_len or seq.num_output == seq.params.max_tokens:
                 self.finish(seq, "length")
             if seq.is_finished:
                 finished.append(seq)

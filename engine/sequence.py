@@ -37,6 +37,7 @@ class Sequence:
     index: int  # which of the request's n answers
     tokens: list[int]  # prompt, then answer
     params: SamplingParams
+    only_scored: bool = False  # ends when its prompt is computed: its logits are wanted, no answer
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     num_prompt: int = field(init=False)

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from engine.config import ModelConfig
 from engine.core import Batch
-from engine.layers import Attention, Context, Embedding, GatedMLP, Linear, Parameter, RMSNorm
+from engine.layers import Attention, Context, Embedding, GatedMLP, Linear, Parameter, RMSNorm, RotaryTable
 from engine.ops.contract import Array, KVCache
 from engine.quant.method import LinearMethod
-from engine.rope import RopeTable
 
 
 class Decoder:
@@ -29,7 +28,7 @@ class Decoder:
     ) -> None:
         V, C = config.vocab_size, config.hidden_size
         self.config = config
-        self._rope = RopeTable(config.rope, config.head_dim)
+        self._rope = RotaryTable(config.rope, config.head_dim)
         self._embedding = Embedding(context, "model.embed_tokens.weight", V, C)
         self._layers = [
             (
