@@ -1,0 +1,112 @@
+"""`python -m engine.bench llama-cpp`: this engine beside llama.cpp on the CPU, same shape, in turns.
+
+Both sides hold random weights in the Qwen2.5-0.5B shape (24 layers, hidden 896, FFN 4864, 14/2 heads, vocabulary
+32,000, tied). A round measures us, then the peer: 512-token prefill, then 64 decoded tokens at batch 1 after a
+prompt of one token. Ours is timed through `LLM.stream`, so scheduler, sampler and detokeniser are in it; the peer's is
+its C API without a sampler. Reported: medians of tokens/s, and the median over rounds of the ratio within a round.
+The peer's environment is the user's to make: pip install llama-cpp-python gguf.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine import LLM, SamplingParams
+from engine.bench.machine import describe_machine
+from engine.bench.synthetic import write_synthetic
+from engine.cli import say
+
+PREFILL, DECODE = 512, 64
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--peer-python", required=True, help="interpreter that has llama-cpp-python and gguf")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the two random models (2 GB), kept")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Measure, print a table, and the JSON last."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    ours_dir = options.work / "qwen2.5-0.5b-32k"
+    write_synthetic("qwen2.5-0.5b-32k", ours_dir)
+    with _peer(options) as (ask, versions), LLM(ours_dir, threads=options.threads, enable_prefix_caching=False) as llm:
+        _prefill(llm), _decode(llm), ask("prefill", PREFILL), ask("decode", DECODE)  # warm-up
+        rounds = []
+        for number in range(options.rounds):
+            rounds.append(_round(llm, ask))
+            say(f"round {number + 1} of {options.rounds}: {_text(rounds[-1])}")
+        report = {
+            "what": "Qwen2.5-0.5B shape, vocabulary 32,000, bf16 weights and head, tokens per second",
+            "threads": options.threads,
+            "kernel_path": llm.kernel_path,
+            **{name: _summary(rounds, name) for name in ("prefill", "decode")},
+            "rounds": rounds,
+            "machine": describe_machine() | versions,
+        }
+    text = json.dumps(report, indent=1)
+    if options.output:
+        options.output.write_text(text + "\n")
+    print(text)
+
+
+@contextmanager
+def _peer(options: argparse.Namespace) -> Iterator[tuple]:
+    """A function ask(what, count) -> seconds, answered by the peer's process, and the peer's versions."""
+    script = Path(__file__).with_name("llama_cpp_peer.py")
+    command = [options.peer_python, str(script), str(options.work / "bf16.gguf"), "--threads", str(options.threads)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def ask(what: str, count: int) -> float:
+            print(json.dumps({what: count}), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield ask, json.loads(process.stdout.readline())
+        process.stdin.close()
+
+
+def _round(llm: LLM, ask) -> dict[str, dict[str, float]]:
+    ours_prefill, peer_prefill = PREFILL / _prefill(llm), PREFILL / ask("prefill", PREFILL)
+    ours_decode, peer_decode = DECODE / _decode(llm), DECODE / ask("decode", DECODE)
+    return {
+        "prefill": {"ours": ours_prefill, "peer": peer_prefill, "ratio": ours_prefill / peer_prefill},
+        "decode": {"ours": ours_decode, "peer": peer_decode, "ratio": ours_decode / peer_decode},
+    }
+
+
+def _prefill(llm: LLM) -> float:
+    """Seconds from submitting 512 tokens to the first answer token."""
+    tokens = [300 + i * 7919 % 31000 for i in range(PREFILL)]
+    start = time.perf_counter()
+    with llm.stream(tokens, SamplingParams(temperature=0, max_tokens=1)) as stream:
+        next(stream)
+        return time.perf_counter() - start
+
+
+def _decode(llm: LLM) -> float:
+    """Seconds for 64 answer tokens after the first."""
+    params = SamplingParams(temperature=0, max_tokens=DECODE + 1, ignore_eos=True)
+    with llm.stream([300], params) as stream:
+        next(stream)
+        start = time.perf_counter()
+        for _ in range(DECODE):
+            next(stream)
+        return time.perf_counter() - start
+
+
+def _summary(rounds: list[dict[str, dict[str, float]]], name: str) -> dict[str, float]:
+    return {key: round(statistics.median(r[name][key] for r in rounds), 3) for key in ("ours", "peer", "ratio")}
+
+
+def _text(measured: dict[str, dict[str, float]]) -> str:
+    return ", ".join(f"{name} {v['ours']:.1f} / {v['peer']:.1f} = {v['ratio']:.2f}" for name, v in measured.items())
