@@ -103,7 +103,8 @@ class SafetensorsFile:
         Views of files from careless writers may be unaligned (`flags.aligned`).
         """
         entry = self.entry(name)
-        return np.ndarray(entry.shape, DTYPES[entry.dtype], buffer=self._mapped(), offset=entry.begin)
+        view: NDArray[Any] = np.ndarray(entry.shape, DTYPES[entry.dtype], buffer=self._mapped(), offset=entry.begin)
+        return view
 
     def release(self, name: str) -> None:
         """Give the tensor's pages back to the system: resident memory falls; touching a view reads the file again."""

@@ -74,4 +74,4 @@ def _header(ordered: list[tuple[str, NDArray[Any]]], metadata: Mapping[str, str]
 
 
 def _raw(array: NDArray[Any]) -> memoryview:
-    return memoryview(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+    return np.asarray(array, order="C").reshape(-1).view(np.uint8).data
