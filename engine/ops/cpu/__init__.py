@@ -1,0 +1,124 @@
+"""The CPU backend: C++ kernels behind the operations' contract.
+
+This class is the contract's Python side and does nothing but pass arrays on; `engine._native` checks them and computes.
+The C++ beside it, in reading order:
+
+    dtypes.h  simd.h          element types; sixteen fp32 lanes on every instruction set
+    kernels.h  kernels.cpp    the table of kernels, compiled once per instruction set; how to add an operation
+    features.cpp              what this CPU can run
+    thread_pool.*  backend.*  persistent threads, scratch memory: what one CpuOps owns
+    packed_weight.*           weights re-laid in tiles of 16 columns
+    linear.cpp  finite.cpp …  the kernels, one operation or family per file
+    bindings.*  bind_*.cpp    argument checks and the Python interface
+
+Importing this module raises ImportError where the extension was not built; `engine.ops.backends` decides what then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import _native
+from engine.core import Batch
+from engine.ops.contract import Array
+from engine.ops.cpu.threads import default_threads
+
+PackedWeight = _native.PackedWeight
+
+_ALIGNMENT = 64  # bytes: a cache line, an AVX-512 register
+
+
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets compiled in and supported by this CPU, best first, e.g. ("avx512", "avx2", "portable")."""
+    return tuple(_native.isa_names())
+
+
+class CpuOps:
+    """`engine.ops.contract.Ops` in C++.
+
+    threads: None = the physical cores this process may use. isa: one of `available_isas()`; None = the best.
+    Arrays passed in need contiguous rows; rows may be further apart than they are long. Operations of one object run
+    one at a time, from whichever thread. Raises InvalidArgument for shapes, dtypes or strides that do not fit.
+    """
+
+    kv_block_size = 16
+
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+        self.threads = default_threads() if threads is None else threads
+        self.isa = available_isas()[0] if isa is None else isa
+        self.kernel_path = f"{self.isa}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        self._native = _native.Backend(self.threads, self.isa)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Uninitialised array, 64-byte aligned."""
+        dtype = np.dtype(dtype)
+        nbytes = dtype.itemsize
+        for extent in shape:
+            nbytes *= extent
+        raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
+        return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+    def all_finite(self, array: Array) -> bool:
+        return self._native.all_finite(array)
+
+    def pack_weight(self, shards: Sequence[Array]) -> PackedWeight:
+        return self._native.pack_weight(shards)
+
+    def linear(
+        self,
+        x: Array,
+        weight: PackedWeight,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        self._native.linear(x, weight, out, bias, residual)
+        return out
+
+    def embed(self, table: Array, token_ids: NDArray[np.int32], *, out: Array) -> Array:
+        self._native.embed(table, token_ids, out)
+        return out
+
+    def rms_norm(self, x: Array, weight: NDArray[np.float32], eps: float, *, out: Array) -> Array:
+        self._native.rms_norm(x, weight, eps, out)
+        return out
+
+    def silu_mul(self, gate_up: Array, *, out: Array) -> Array:
+        self._native.silu_mul(gate_up, out)
+        return out
+
+    def new_kv_cache(
+        self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+    ) -> Any:
+        return self._native.new_kv_cache(num_layers, num_blocks, self.kv_block_size, num_kv_heads, head_dim, np.dtype(dtype))
+
+    def rope_and_cache(
+        self,
+        qkv: Array,
+        rope_table: NDArray[np.float32],
+        batch: Batch,
+        cache: Any,
+        layer: int,
+        *,
+        q_norm: NDArray[np.float32] | None,
+        k_norm: NDArray[np.float32] | None,
+        eps: float,
+        out: Array,
+    ) -> Array:
+        positions, slots = batch.positions, batch.slot_mapping
+        self._native.rope_and_cache(qkv, rope_table, positions, slots, cache, layer, q_norm, k_norm, eps, out)
+        return out
+
+    def attention(
+        self, q: Array, batch: Batch, cache: Any, layer: int, *, scale: float, window: int | None, out: Array
+    ) -> Array:
+        self._native.attention(
+            q, batch.positions, batch.query_start, batch.context_lens, batch.block_tables, cache, layer, scale, window, out
+        )
+        return out

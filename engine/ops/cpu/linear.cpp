@@ -1,0 +1,274 @@
+// linear: out [T, N] = x [T, K] · wᵀ + bias + residual, in fp32, rounded once.
+//
+// The work: rows of x are cut into blocks of at most kMaxRows and re-laid as panels, k outermost, so that a step of the
+// micro-kernel finds its rows' elements side by side; weights lie in tiles of 16 columns (packed_weight.h). One call of
+// a micro-kernel multiplies one row block by C neighbouring tiles over the whole of K, with all rows × C accumulators
+// in registers. Threads share out the tiles, so a weight is read from memory once per kChunkRows rows.
+//
+// Order: each output element is one lane of one accumulator that starts at 0 and takes k (for bf16 dot products: pairs
+// of k) in ascending order. That depends neither on T and C, nor on the block a row falls into, nor on the thread: a
+// row's bits are the same alone and in any batch, by construction.
+//
+// Arithmetic: bf16 · bf16 on avx512-bf16 is vdpbf16ps (fp32 accumulation; subnormal inputs and results count as 0).
+// Everything else converts both sides to fp32, exactly, and uses FMA (portable: multiply, then add).
+
+#include "kernels.h"
+#include "packed_weight.h"
+#include "simd.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+namespace {
+
+// Rows × tiles of accumulators must leave registers for the weights and a broadcast.
+#if ENGINE_ISA_LEVEL >= 2
+constexpr int kMaxRows = 12;  // 32 registers
+constexpr int tiles_at_once(int rows) { return rows <= 6 ? 4 : 2; }
+#elif ENGINE_ISA_LEVEL == 1
+constexpr int kMaxRows = 6;  // 16 registers, two per accumulator
+constexpr int tiles_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+#else
+constexpr int kMaxRows = 3;  // SSE2: 16 registers, four per accumulator
+constexpr int tiles_at_once(int rows) { return rows == 1 ? 2 : 1; }
+#endif
+
+constexpr int kMaxSums = kMaxRows * 2 * kLanes;  // rows · tiles_at_once(rows) · 16 is never more
+constexpr int kMaxMemoryBoundRows = 4;
+constexpr int64_t kPrefetchBytes = 1024;  // how far ahead a memory-bound micro-kernel asks for weights, per tile
+constexpr int64_t kChunkRows = 512;       // rows re-laid at a time: bounds scratch memory and keeps x in cache
+constexpr int64_t kPanelGrain = 1;        // row blocks a thread re-lays at a time
+constexpr int64_t kTileGrain = 4;         // tiles a thread takes at a time; a multiple of every tiles_at_once
+
+// ---- formats: what one step of a micro-kernel multiplies -----------------------------------------------------------
+// X: element of a panel, kXPerStep of them per row and step; kStepK: k per step; kStepBytes: bytes of a tile per step.
+// step: acc[r][c] += x[k][r] · w[c][k] for the step's k, ascending.
+
+template <class W>  // float or f16: one k per step
+struct Fma {
+    using X = float;
+    static constexpr int kXPerStep = 1;
+    static constexpr int kStepK = 1;
+    static constexpr int64_t kStepBytes = kLanes * sizeof(W);
+
+    template <int R, int C>
+    static inline void step(const X* x, const char* w, int64_t tile_bytes, F32x16 (&acc)[R][C]) {
+        F32x16 columns[C];
+        for (int c = 0; c < C; ++c) columns[c] = load(reinterpret_cast<const W*>(w + c * tile_bytes));
+        add_products<R, C>(x, columns, acc);
+    }
+
+    template <int R, int C>
+    static inline void add_products(const X* x, const F32x16 (&columns)[C], F32x16 (&acc)[R][C]) {
+        for (int r = 0; r < R; ++r) {
+            const F32x16 row = broadcast(x[r]);
+            for (int c = 0; c < C; ++c) acc[r][c] = mul_add(row, columns[c], acc[r][c]);
+        }
+    }
+};
+
+template <>  // a pair of k per step: the even one is the low half of a 32-bit word, the odd one the high half
+struct Fma<bf16> {
+    using X = float;
+    static constexpr int kXPerStep = 2;
+    static constexpr int kStepK = 2;
+    static constexpr int64_t kStepBytes = 64;
+
+    template <int R, int C>
+    static inline void step(const X* x, const char* w, int64_t tile_bytes, F32x16 (&acc)[R][C]) {
+        F32x16 columns[C];
+        for (int c = 0; c < C; ++c) columns[c] = bits_to_float(shift_left<16>(load_i32(w + c * tile_bytes)));
+        Fma<float>::add_products<R, C>(x, columns, acc);
+        const I32x16 high = broadcast_i32(-65536);
+        for (int c = 0; c < C; ++c) columns[c] = bits_to_float(load_i32(w + c * tile_bytes) & high);
+        Fma<float>::add_products<R, C>(x + R, columns, acc);
+    }
+};
+
+#if ENGINE_ISA_LEVEL >= 3
+struct DotBf16 {
+    using X = uint32_t;  // the pair of x that belongs to a step, even k in the low half
+    static constexpr int kXPerStep = 1;
+    static constexpr int kStepK = 2;
+    static constexpr int64_t kStepBytes = 64;
+
+    template <int R, int C>
+    static inline void step(const X* x, const char* w, int64_t tile_bytes, F32x16 (&acc)[R][C]) {
+        __m512bh columns[C];
+        for (int c = 0; c < C; ++c) columns[c] = (__m512bh)_mm512_load_si512(w + c * tile_bytes);
+        for (int r = 0; r < R; ++r) {
+            const __m512bh row = (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(x[r]));
+            for (int c = 0; c < C; ++c) acc[r][c].v = _mm512_dpbf16_ps(acc[r][c].v, columns[c], row);
+        }
+    }
+};
+#endif
+
+// ---- micro-kernel --------------------------------------------------------------------------------------------------
+
+// sums [R][16·C] = panel [steps][kXPerStep][R] · C tiles, `tile_bytes` apart
+using Micro = void (*)(const void* panel, const char* w, int64_t tile_bytes, int64_t steps, float* sums);
+
+template <class Format, int R, int C>
+void multiply(const void* panel, const char* w, int64_t tile_bytes, int64_t steps, float* sums) {
+    const auto* x = static_cast<const typename Format::X*>(panel);
+    F32x16 acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = zero();
+    for (int64_t s = 0; s < steps; ++s) {
+        if (R <= kMaxMemoryBoundRows)
+            for (int c = 0; c < C; ++c) __builtin_prefetch(w + c * tile_bytes + kPrefetchBytes);
+        Format::template step<R, C>(x, w, tile_bytes, acc);
+        x += R * Format::kXPerStep;
+        w += Format::kStepBytes;
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) store(sums + (r * C + c) * kLanes, acc[r][c]);
+}
+
+struct MicroKernels {
+    Micro several[kMaxRows + 1];  // [rows]: tiles_at_once(rows) tiles
+    Micro one[kMaxRows + 1];      // [rows]: one tile
+};
+
+template <class Format, int R = kMaxRows>
+struct Fill {
+    static constexpr void into(MicroKernels& table) {
+        table.several[R] = &multiply<Format, R, tiles_at_once(R)>;
+        table.one[R] = &multiply<Format, R, 1>;
+        Fill<Format, R - 1>::into(table);
+    }
+};
+template <class Format>
+struct Fill<Format, 0> {
+    static constexpr void into(MicroKernels&) {}
+};
+
+template <class Format>
+constexpr MicroKernels micro_kernels() {
+    MicroKernels table{};
+    Fill<Format>::into(table);
+    return table;
+}
+
+// ---- panels: `rows` rows of x, k outermost, zero where K is not a whole number of steps ------------------------------
+
+template <class Format, class In>
+struct Panel {  // [K][rows] in fp32
+    static void lay_out(const In* x, int64_t stride, int64_t rows, int64_t K, float* panel) {
+        for (int64_t r = 0; r < rows; ++r, x += stride) {
+            for (int64_t k = 0; k < K; k += kLanes) {
+                float lanes[kLanes];
+                const int64_t n = min_of(kLanes, K - k);
+                store(lanes, load_n(x + k, n));
+                for (int64_t i = 0; i < n; ++i) panel[(k + i) * rows + r] = lanes[i];
+            }
+            if (Format::kStepK == 2 && K % 2) panel[K * rows + r] = 0;
+        }
+    }
+};
+
+#if ENGINE_ISA_LEVEL >= 3
+template <>
+struct Panel<DotBf16, bf16> {  // [ceil(K / 2)][rows] pairs
+    static void lay_out(const bf16* x, int64_t stride, int64_t rows, int64_t K, uint32_t* panel) {
+        for (int64_t r = 0; r < rows; ++r, x += stride) {
+            for (int64_t j = 0; j < K / 2; ++j) std::memcpy(&panel[j * rows + r], x + 2 * j, 4);
+            if (K % 2) panel[K / 2 * rows + r] = x[K - 1].bits;
+        }
+    }
+};
+#endif
+
+// ---- epilogue: bias, residual, rounding ------------------------------------------------------------------------------
+
+// sums [rows][width] belong at out[row…][column…]; only the first n columns exist.
+template <class In, class Out>
+void finish(const LinearArgs& a, const float* sums, int64_t row, int64_t rows, int64_t column, int64_t width, int64_t n) {
+    for (int64_t r = row; r < row + rows; ++r, sums += width) {
+        Out* out = static_cast<Out*>(a.out) + r * a.out_stride + column;
+        const In* residual = a.residual ? static_cast<const In*>(a.residual) + r * a.residual_stride + column : nullptr;
+        for (int64_t j = 0; j < n; j += kLanes) {
+            const int64_t left = min_of(kLanes, n - j);
+            F32x16 y = load(sums + j);
+            if (a.bias) y = y + load_n(a.bias + column + j, left);
+            if (residual) y = y + load_n(residual + j, left);
+            store_n(out + j, y, left);
+        }
+    }
+}
+
+// ---- the loops -------------------------------------------------------------------------------------------------------
+
+// `rows` rows in near-equal blocks of at most kMaxRows (13 rows make 6 + 7, not 12 + 1).
+struct RowBlocks {
+    int64_t rows, count;
+    explicit RowBlocks(int64_t n) : rows(n), count(ceil_div(n, kMaxRows)) {}
+    int64_t begin(int64_t block) const { return rows * block / count; }
+};
+
+template <class Format, class In, class Out>
+void multiply_chunk(const LinearArgs& a, int64_t first_row, int64_t num_rows, ThreadPool& pool, Scratch& scratch) {
+    using X = typename Format::X;
+    static constexpr MicroKernels micro = micro_kernels<Format>();
+    const RowBlocks blocks(num_rows);
+    const int64_t steps = ceil_div(a.K, Format::kStepK), row_xs = steps * Format::kXPerStep;
+    const int64_t tile_bytes = steps * Format::kStepBytes, tiles = ceil_div(a.N, kTileColumns);
+    X* panels = static_cast<X*>(scratch.reserve(static_cast<size_t>(num_rows * row_xs) * sizeof(X)));
+
+    pool.parallel_for(blocks.count, kPanelGrain, [&](int64_t begin, int64_t end, int) {
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t row = blocks.begin(b), rows = blocks.begin(b + 1) - row;
+            const In* x = static_cast<const In*>(a.x) + (first_row + row) * a.x_stride;
+            Panel<Format, In>::lay_out(x, a.x_stride, rows, a.K, panels + row * row_xs);
+        }
+    });
+
+    const auto multiply_block = [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
+        alignas(64) float sums[kMaxSums];
+        for (int64_t tile = begin, next; tile < end; tile = next) {
+            const bool several = end - tile >= tiles_at_once(static_cast<int>(rows));
+            next = tile + (several ? tiles_at_once(static_cast<int>(rows)) : 1);
+            const Micro kernel = (several ? micro.several : micro.one)[rows];
+            kernel(panels + row * row_xs, static_cast<const char*>(a.w) + tile * tile_bytes, tile_bytes, steps, sums);
+            const int64_t column = tile * kTileColumns, width = (next - tile) * kTileColumns;
+            finish<In, Out>(a, sums, first_row + row, rows, column, width, min_of(width, a.N - column));
+        }
+    };
+    pool.parallel_for(tiles, kTileGrain, [&](int64_t begin, int64_t end, int) {
+        for (int64_t b = 0; b < blocks.count; ++b)
+            multiply_block(blocks.begin(b), blocks.begin(b + 1) - blocks.begin(b), begin, end);
+    });
+}
+
+template <class Format, class In, class Out>
+void multiply_all(const LinearArgs& a, ThreadPool& pool, Scratch& scratch) {
+    for (int64_t row = 0; row < a.T; row += kChunkRows)
+        multiply_chunk<Format, In, Out>(a, row, min_of(kChunkRows, a.T - row), pool, scratch);
+}
+
+template <class Format, class In>
+void choose_output(const LinearArgs& a, ThreadPool& pool, Scratch& scratch) {
+    if (a.out_type == DType::f32) return multiply_all<Format, In, float>(a, pool, scratch);
+    return multiply_all<Format, In, In>(a, pool, scratch);
+}
+
+template <class Format>
+void choose_input(const LinearArgs& a, ThreadPool& pool, Scratch& scratch) {
+    if (a.x_type == DType::f32) return choose_output<Format, float>(a, pool, scratch);
+    if (a.x_type == DType::f16) return choose_output<Format, f16>(a, pool, scratch);
+    return choose_output<Format, bf16>(a, pool, scratch);
+}
+
+}  // namespace
+
+void linear(const LinearArgs& a, ThreadPool& pool, Scratch& scratch) {
+#if ENGINE_ISA_LEVEL >= 3
+    if (a.x_type == DType::bf16 && a.w_type == DType::bf16) return choose_output<DotBf16, bf16>(a, pool, scratch);
+#endif
+    if (a.w_type == DType::f32) return choose_input<Fma<float>>(a, pool, scratch);
+    if (a.w_type == DType::f16) return choose_input<Fma<f16>>(a, pool, scratch);
+    return choose_input<Fma<bf16>>(a, pool, scratch);
+}
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

@@ -1,0 +1,75 @@
+#include "packed_weight.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include <sys/mman.h>
+
+namespace engine {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+int64_t padded_k(int64_t K, DType type) { return type == DType::bf16 ? (K + 1) / 2 * 2 : K; }
+
+size_t packed_bytes(int64_t N, int64_t K, DType type) {
+    return static_cast<size_t>((N + kTileColumns - 1) / kTileColumns * kTileColumns * padded_k(K, type) * size_of(type));
+}
+
+// Large weights go on huge pages: a GEMV crosses a 4 KB page every few nanoseconds otherwise.
+void* allocate(size_t bytes) {
+    const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
+    void* data = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    if (!data) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (alignment == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // advice: harmless where refused
+#endif
+    return data;
+}
+
+// Interleaves `num_rows` rows of `count` elements of type Element: out[i][row], 16 rows wide. Blocked, so that a cache
+// line of each row is read and 16 whole lines are written at a time.
+template <class Element>
+void interleave(const void* const* rows, int64_t num_rows, int64_t count, Element* out) {
+    constexpr int64_t kBlock = 16;
+    for (int64_t first = 0; first < count; first += kBlock) {
+        const int64_t n = std::min(kBlock, count - first);
+        Element block[kTileColumns][kBlock] = {};
+        for (int64_t r = 0; r < num_rows; ++r)
+            std::memcpy(block[r], static_cast<const char*>(rows[r]) + first * sizeof(Element), n * sizeof(Element));
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t r = 0; r < kTileColumns; ++r) out[(first + i) * kTileColumns + r] = block[r][i];
+    }
+}
+
+}  // namespace
+
+PackedWeight::PackedWeight(const std::vector<const void*>& rows, int64_t k, DType t, ThreadPool& pool)
+    : N(static_cast<int64_t>(rows.size())), K(k), type(t), nbytes(packed_bytes(N, K, type)), data_(allocate(nbytes)) {
+    const int64_t tiles = (N + kTileColumns - 1) / kTileColumns;
+    const size_t tile_bytes = nbytes / static_cast<size_t>(tiles);
+    pool.parallel_for(tiles, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+            const int64_t first = tile * kTileColumns;
+            pack_tile(&rows[first], std::min(kTileColumns, N - first), static_cast<char*>(data_) + tile * tile_bytes);
+        }
+    });
+}
+
+PackedWeight::~PackedWeight() { std::free(data_); }
+
+void PackedWeight::pack_tile(const void* const* rows, int64_t num_rows, void* tile) const {
+    if (type == DType::f32) return interleave(rows, num_rows, K, static_cast<uint32_t*>(tile));
+    if (type == DType::f16) return interleave(rows, num_rows, K, static_cast<uint16_t*>(tile));
+    uint32_t* pairs = static_cast<uint32_t*>(tile);
+    interleave(rows, num_rows, K / 2, pairs);
+    if (K % 2 == 0) return;
+    uint16_t* last = reinterpret_cast<uint16_t*>(pairs + K / 2 * kTileColumns);
+    std::memset(last, 0, kTileColumns * 2 * sizeof(uint16_t));
+    for (int64_t r = 0; r < num_rows; ++r)
+        std::memcpy(last + 2 * r, static_cast<const uint16_t*>(rows[r]) + (K - 1), sizeof(uint16_t));
+}
+
+}  // namespace engine

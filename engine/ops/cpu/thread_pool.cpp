@@ -1,0 +1,156 @@
+#include "thread_pool.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include <pthread.h>
+
+namespace engine {
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr int kPausesPerClockRead = 32;
+constexpr int kPausesBeforeYield = 2000;  // the caller, waiting for a worker that is at work (or was descheduled)
+
+std::atomic<uint32_t> fork_count{0};
+
+void count_forks() {
+    static std::once_flag once;
+    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { fork_count.fetch_add(1); }); });
+}
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+// `gate` is the whole protocol: bits 63..32 count the loops, bit 31 says that the current one may be entered, the bits
+// below count the workers inside. A worker enters by adding 1 while the bit is set; the caller clears the bit when no
+// range is left and waits for the count to reach 0. Only then are the loop's fields below written again.
+struct ThreadPool::State {
+    static constexpr uint64_t kOpen = uint64_t{1} << 31;
+    static constexpr uint64_t kInside = kOpen - 1;
+    static uint32_t loop_of(uint64_t gate) { return static_cast<uint32_t>(gate >> 32); }
+
+    alignas(64) std::atomic<uint64_t> gate{0};
+    alignas(64) std::atomic<int64_t> next{0};  // first element nobody has taken
+    alignas(64) int64_t count = 0;
+    int64_t grain = 1;
+    Call call = nullptr;
+    void* body = nullptr;
+    std::exception_ptr error;  // guarded by mutex
+
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::atomic<int> sleepers{0};
+    std::atomic<bool> stop{false};
+    const uint32_t forks = fork_count.load();
+    std::vector<std::thread> workers;
+
+    explicit State(int threads) {
+        for (int i = 1; i < threads; ++i) workers.emplace_back([this, i] { work_until_stopped(i); });
+    }
+
+    void open_loop() {
+        const uint64_t loop = loop_of(gate.load(std::memory_order_relaxed)) + uint64_t{1};
+        gate.store(loop << 32 | kOpen);
+        if (sleepers.load() > 0) wake_all();
+    }
+
+    void close_loop() {
+        gate.fetch_and(~kOpen);
+        for (int i = 0; gate.load() & kInside; ++i) i < kPausesBeforeYield ? pause() : std::this_thread::yield();
+    }
+
+    void wake_all() {
+        { const std::lock_guard<std::mutex> lock(mutex); }  // no sleeper is between its check and its wait
+        wake.notify_all();
+    }
+
+    void take_ranges(int thread) {
+        for (;;) {
+            const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+            if (begin >= count) return;
+            try {
+                call(body, begin, begin + grain < count ? begin + grain : count, thread);
+            } catch (...) {
+                next.store(count, std::memory_order_relaxed);
+                const std::lock_guard<std::mutex> lock(mutex);
+                if (!error) error = std::current_exception();
+            }
+        }
+    }
+
+    void work_until_stopped(int thread) {
+        uint32_t seen = 0;
+        while (wait_for_loop_after(seen)) {
+            uint64_t now = gate.load();
+            while (now & kOpen) {
+                if (!gate.compare_exchange_weak(now, now + 1)) continue;
+                take_ranges(thread);
+                gate.fetch_sub(1);
+                break;
+            }
+            seen = loop_of(now);
+        }
+    }
+
+    // False when the pool is being destroyed.
+    bool wait_for_loop_after(uint32_t seen) {
+        const auto news = [&] { return loop_of(gate.load()) != seen || stop.load(); };
+        const auto deadline = std::chrono::steady_clock::now() + kSpin;
+        do {
+            for (int i = 0; i < kPausesPerClockRead; ++i) {
+                if (news()) return !stop.load();
+                pause();
+            }
+        } while (std::chrono::steady_clock::now() < deadline);
+        std::unique_lock<std::mutex> lock(mutex);
+        sleepers.fetch_add(1);
+        wake.wait(lock, news);
+        sleepers.fetch_sub(1);
+        return !stop.load();
+    }
+};
+
+ThreadPool::ThreadPool(int threads) : threads_(threads), state_(nullptr) {
+    count_forks();
+    state_ = new State(threads);
+}
+
+ThreadPool::~ThreadPool() {
+    if (state_->forks != fork_count.load()) return;  // the threads belong to the parent process
+    state_->stop.store(true);
+    state_->wake_all();
+    for (std::thread& worker : state_->workers) worker.join();
+    delete state_;
+}
+
+void ThreadPool::run(int64_t count, int64_t grain, Call call, void* body) {
+    if (count <= 0) return;
+    if (threads_ == 1 || count <= grain) return call(body, 0, count, 0);
+    if (state_->forks != fork_count.load()) state_ = new State(threads_);
+    State& state = *state_;
+    state.count = count;
+    state.grain = grain;
+    state.call = call;
+    state.body = body;
+    state.error = nullptr;
+    state.next.store(0, std::memory_order_relaxed);
+    state.open_loop();
+    state.take_ranges(0);
+    state.close_loop();
+    if (state.error) std::rethrow_exception(state.error);
+}
+
+}  // namespace engine

@@ -1,0 +1,45 @@
+// A persistent team of threads for short loops.
+//
+// The caller takes part, so a pool of n threads starts n - 1 workers. Between loops a worker spins for about 50 µs (the
+// gap between two operations of a decode step is shorter) and then sleeps. Ranges are handed out dynamically; a worker
+// that wakes late finds nothing left and nobody waits for it. Which thread computes a range must therefore not matter
+// for the result.
+//
+// One loop at a time per pool: callers lock (see Backend in backend.h). Loops do not nest. After fork() the child
+// starts workers of its own at its first loop.
+#pragma once
+
+#include <cstdint>
+
+namespace engine {
+
+class ThreadPool {
+public:
+    explicit ThreadPool(int threads);
+    ~ThreadPool();
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
+
+    int threads() const { return threads_; }
+
+    // Calls body(begin, end, thread) on disjoint ranges of at most `grain` that cover [0, count); `thread` in
+    // [0, threads()) tells concurrent calls apart, for scratch memory. The first exception thrown by a body is thrown
+    // again here once all have stopped; ranges not yet begun are then skipped.
+    template <class Body>
+    void parallel_for(int64_t count, int64_t grain, Body&& body) {
+        run(count, grain, [](void* b, int64_t begin, int64_t end, int thread) {
+            (*static_cast<Body*>(b))(begin, end, thread);
+        }, &body);
+    }
+
+private:
+    using Call = void (*)(void* body, int64_t begin, int64_t end, int thread);
+    struct State;
+
+    void run(int64_t count, int64_t grain, Call call, void* body);
+
+    int threads_;
+    State* state_;  // owned; a pointer, because a forked child must abandon it without destroying it
+};
+
+}  // namespace engine

@@ -1,0 +1,179 @@
+"""Builds sharq-engine: the Python packages and the optional C++ extension `engine._native`.
+
+Metadata is in pyproject.toml. What needs code is here: the extension's kernel files are compiled once per instruction
+set (see engine/ops/cpu/kernels.h), which setuptools' own build_ext cannot express, so this one runs the compiler itself.
+
+The extension is optional. Without a C++17 compiler (GCC or Clang) the install succeeds with one warning, and the engine
+runs on its NumPy path and says so. ENGINE_REQUIRE_NATIVE=1 turns the warning into an error.
+
+A rebuild compiles what changed. Object files are kept in the build directory (ENGINE_BUILD_DIR to have one's own), under
+a lock; the extension is replaced in one step, so a running process keeps the file it loaded.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+SOURCE_DIR = Path("engine/ops/cpu")
+COMMON_SOURCES = (
+    "backend.cpp",
+    "bind_linear.cpp",
+    "bindings.cpp",
+    "features.cpp",
+    "kernels.cpp",
+    "packed_weight.cpp",
+    "thread_pool.cpp",
+)
+KERNEL_SOURCES = ("finite.cpp", "linear.cpp")  # compiled once per instruction set
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+INSTRUCTION_SETS: dict[str, tuple[int, tuple[str, ...]]] = {  # namespace -> ENGINE_ISA_LEVEL, flags
+    "portable": (0, ()),
+    "avx2": (1, AVX2),
+    "avx512": (2, AVX512),
+    "avx512_bf16": (3, (*AVX512, "-mavx512vnni", "-mavx512bf16")),
+}
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",  # a·b + c is fused where the source says fma, nowhere else
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",  # 64-byte vectors are passed between inlined functions only
+    "-Wno-maybe-uninitialized",  # GCC 12 warns about its own AVX-512 headers
+    "-MMD",
+)
+BUILD_JOBS = min(4, os.cpu_count() or 1)
+
+
+class Compiler:
+    """The host's C++ compiler: $CXX, else the one Python was built with, else c++."""
+
+    def __init__(self) -> None:
+        candidates = (os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++")
+        found = (shlex.split(c) for c in candidates if c)
+        self.command = next((c for c in found if self._runs(c)), None)
+        if self.command is None:
+            raise CompileError("no C++ compiler found (tried $CXX, c++, g++, clang++)")
+
+    @staticmethod
+    def _runs(command: list[str]) -> bool:
+        try:
+            return subprocess.run([*command, "--version"], capture_output=True, check=False).returncode == 0
+        except OSError:
+            return False
+
+    def accepts(self, flags: tuple[str, ...]) -> bool:
+        """Whether these flags work here; x86 ones do not elsewhere, and old compilers lack new ones."""
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder, "probe.cpp")
+            probe.write_text("#include <immintrin.h>\nint probe() { return 0; }\n")
+            command = [*self.command, *flags, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def run(self, arguments: list[str], target: Path) -> None:
+        """Write `target` (the compiler's -o) completely or not at all."""
+        partial = target.with_name(target.name + ".partial")
+        result = subprocess.run([*self.command, *arguments, "-o", str(partial)], capture_output=True, text=True, check=False)
+        sys.stderr.write(result.stderr)
+        if result.returncode:
+            raise CompileError(f"{self.command[0]} failed on {arguments[-1]} (output above)")
+        os.replace(partial, target)
+
+
+class Job:
+    """One object file: a source and what it is compiled with."""
+
+    def __init__(self, source: str, object_dir: Path, flags: tuple[str, ...]) -> None:
+        self.source = SOURCE_DIR / source
+        self.object = object_dir / (Path(source).stem + ".o")
+        self.depends = self.object.with_suffix(".d")
+        self.stamp = self.object.with_suffix(".flags")
+        self.flags = flags
+
+    def is_current(self, command: list[str]) -> bool:
+        if not (self.object.exists() and self.depends.exists() and self.stamp.exists()):
+            return False
+        if self.stamp.read_text() != shlex.join([*command, *self.flags]):
+            return False
+        built = self.object.stat().st_mtime
+        names = self.depends.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+        return all(Path(name).exists() and Path(name).stat().st_mtime < built for name in names)
+
+    def compile(self, compiler: Compiler) -> None:
+        if self.is_current(compiler.command):
+            return
+        self.object.parent.mkdir(parents=True, exist_ok=True)
+        compiler.run([*self.flags, "-MF", str(self.depends), "-c", str(self.source)], self.object)
+        self.stamp.write_text(shlex.join([*compiler.command, *self.flags]))
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """One build at a time in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class build_native(build_ext):
+    """Compiles `engine._native`; anything that prevents it becomes one warning."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build(Path(self.get_ext_fullpath(ext.name)))
+        except (CompileError, OSError, ImportError) as error:
+            if os.environ.get("ENGINE_REQUIRE_NATIVE") == "1":
+                raise
+            self.warn(f"engine._native was not built: {error}. The engine will run on its slow NumPy path.")
+
+    def _build(self, target: Path) -> None:
+        import pybind11
+
+        compiler = Compiler()
+        folder = Path(os.environ.get("ENGINE_BUILD_DIR") or self.build_temp) / "engine_native"
+        includes = tuple(f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include")))
+        with exclusive(folder):
+            jobs = self._jobs(compiler, folder, FLAGS + includes)
+            with ThreadPoolExecutor(BUILD_JOBS) as pool:
+                list(pool.map(lambda job: job.compile(compiler), jobs))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            mac = ["-bundle", "-undefined", "dynamic_lookup"]
+            linking = mac if sys.platform == "darwin" else ["-shared", "-pthread", "-Wl,-s"]
+            compiler.run([*linking, *(str(job.object) for job in jobs)], target)
+
+    def _jobs(self, compiler: Compiler, folder: Path, flags: tuple[str, ...]) -> list[Job]:
+        usable = {n: v for n, v in INSTRUCTION_SETS.items() if n == "portable" or compiler.accepts(v[1])}
+        have = tuple(f"-DENGINE_HAVE_{name}" for name in usable)
+        jobs = [Job(source, folder / "common", flags + have) for source in COMMON_SOURCES]
+        for name, (level, isa_flags) in usable.items():
+            own = (*flags, *isa_flags, f"-DENGINE_ISA={name}", f"-DENGINE_ISA_LEVEL={level}")
+            jobs += [Job(source, folder / name, own) for source in KERNEL_SOURCES]
+        return jobs
+
+
+os.chdir(ROOT)
+sources = [str(SOURCE_DIR / name) for name in COMMON_SOURCES + KERNEL_SOURCES]
+setup(
+    ext_modules=[Extension("engine._native", sources, optional=True, language="c++")],
+    cmdclass={"build_ext": build_native},
+)
