@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,9 @@ class FixedDraw(SamplerState):
 # ---- which tokens survive, and with what probability --------------------------------------------------------------
 
 
-def kept_by_definition(x: Sequence[float], t: float, top_k: int, top_p: float, min_p: float) -> tuple[dict, float]:
+def kept_by_definition(
+    x: Sequence[float], t: float, top_k: int, top_p: float, min_p: float
+) -> tuple[dict[int, float], float]:
     """{id: weight} of what top_k, min_p and top_p keep, and how near top_p came to cutting elsewhere."""
     drop = [(max(x) - v) / t for v in x]
     ids = sorted(range(len(x)), key=lambda i: (-x[i], i))
@@ -100,7 +103,9 @@ rows = st.lists(logit, min_size=1, max_size=40).filter(lambda x: max(x) > -INF)
     top_p=st.one_of(st.just(1.0), st.floats(0.001, 0.999)),
     min_p=st.one_of(st.just(0.0), st.floats(0.0, 1.0)),
 )
-def test_filters_and_draw_follow_the_definition(x: list[float], t: float, top_k: int, top_p: float, min_p: float):
+def test_filters_and_draw_follow_the_definition(
+    x: list[float], t: float, top_k: int, top_p: float, min_p: float
+) -> None:
     row = row_of(x)
     kept, margin = kept_by_definition(x, t, top_k, top_p, min_p)
     drop = [(max(x) - v) / t for v in x]
@@ -127,7 +132,7 @@ def test_filters_and_draw_follow_the_definition(x: list[float], t: float, top_k:
     ],
     ids=str,
 )
-def test_filters_on_a_large_vocabulary(kind: str, filters: dict):
+def test_filters_on_a_large_vocabulary(kind: str, filters: dict[str, Any]) -> None:
     rng = np.random.default_rng(3)
     noise = rng.standard_normal(2000)
     scaled = {
@@ -153,25 +158,39 @@ def test_filters_on_a_large_vocabulary(kind: str, filters: dict):
     assert drawn
 
 
-def test_top_p_keeps_the_shortest_sufficient_beginning_and_breaks_ties_by_id():
+def test_top_p_keeps_the_shortest_sufficient_beginning_and_breaks_ties_by_id() -> None:
     row = row_of([0.0] * 8)  # equal weights: all sums are exact
     for top_p, kept in ((0.25, 2), (0.25 + 1e-9, 3), (1e-300, 1), (0.875, 7), (0.9, 8)):
         assert_draws(row, SamplingParams(top_p=top_p), dict.fromkeys(range(kept), 1.0))
 
 
-def test_top_k_breaks_ties_by_id_and_min_p_of_one_keeps_only_the_largest():
+def test_top_p_that_is_met_exactly_keeps_no_more() -> None:
+    exact = [(v, p) for v in range(1, 60) for p in [1 / (1 + float(np.exp(-v / 8)))] if p * (1 + np.exp(-v / 8)) == 1]
+    assert len(exact) > 5
+    for v, top_p in exact:
+        assert_draws(row_of([-v / 8, 0.0]), SamplingParams(top_p=top_p), {1: 1.0})
+
+
+def test_a_draw_on_an_edge_belongs_to_the_next_possible_token() -> None:
+    state = FixedDraw(SamplingParams(), seed=0)
+    row = row_of([-INF, 0, 0, -INF, 0, 0])
+    for state.u, token_id in ((0.0, 1), (0.25, 2), (0.5, 4), (0.75, 5)):
+        assert choose(row, state) == token_id
+
+
+def test_top_k_breaks_ties_by_id_and_min_p_of_one_keeps_only_the_largest() -> None:
     row = row_of([1, 3, 3, 2, 3])
     assert_draws(row, SamplingParams(top_k=2), {1: 1.0, 2: 1.0})
     assert_draws(row, SamplingParams(min_p=1.0), {1: 1.0, 2: 1.0, 4: 1.0})
 
 
-def test_min_p_comes_before_top_p_mass_is_taken():
+def test_min_p_comes_before_top_p_mass_is_taken() -> None:
     row = np.log(row_of([0.4, 0.3, 0.1, 0.1, 0.1]))
     # Of the two tokens that min_p leaves, the first has 4/7 of the mass: enough for 0.55, though 0.4 would not be.
     assert_draws(row, SamplingParams(min_p=0.5, top_p=0.55), {0: 1.0})
 
 
-def test_neutral_filters_change_nothing():
+def test_neutral_filters_change_nothing() -> None:
     rng = np.random.default_rng(5)
     row = rng.standard_normal(300).astype(np.float32) * 2
     plain = SamplerState(SamplingParams(), seed=9)
@@ -186,7 +205,7 @@ def test_neutral_filters_change_nothing():
 
 
 @given(x=rows, t=st.sampled_from([0.0, 1e-300, 1e-6]), seed=st.integers(0, 2**64 - 1))
-def test_no_temperature_is_greedy_with_the_lowest_id(x: list[float], t: float, seed: int):
+def test_no_temperature_is_greedy_with_the_lowest_id(x: list[float], t: float, seed: int) -> None:
     row = row_of(x)
     assert choose(row, SamplerState(SamplingParams(temperature=t, top_p=0.5), seed=seed)) == x.index(max(x))
 
@@ -205,7 +224,7 @@ def philox4x64(counter: list[int], key: list[int]) -> list[int]:
     return counter
 
 
-def test_uniform_is_the_documented_counter_based_stream():
+def test_uniform_is_the_documented_counter_based_stream() -> None:
     published = "16554d9eca36314c db20fe9d672d0fdc d7e772cee186176b 7e68b68aec7ba23b"  # of zeros, by its authors
     assert philox4x64([0, 0, 0, 0], [0, 0]) == [int(w, 16) for w in published.split()]
     for seed, index, position in ((0, 0, 0), (2**64 - 1, 3, 1), (1234567, 1, 70000)):
@@ -219,7 +238,7 @@ def chi_square(observed: Counter[int], probabilities: Sequence[float]) -> float:
     return sum((observed[i] - n * p) ** 2 / (n * p) for i, p in enumerate(probabilities))
 
 
-def test_draws_follow_the_distribution_along_positions_seeds_and_samples():
+def test_draws_follow_the_distribution_along_positions_seeds_and_samples() -> None:
     row = row_of([0.0, 1.0, -1.0, 2.5, 0.3, 0.3, -2.0, 1.7])
     weights = [math.exp(v / 1.3) for v in row.tolist()]
     probabilities = [w / math.fsum(weights) for w in weights]
@@ -234,7 +253,7 @@ def test_draws_follow_the_distribution_along_positions_seeds_and_samples():
         assert chi_square(observed, probabilities) < 24.3  # 7 degrees of freedom: exceeded once in 1000
 
 
-def test_seed_comes_from_the_request_or_from_entropy():
+def test_seed_comes_from_the_request_or_from_entropy() -> None:
     assert resolve_seed(SamplingParams(seed=2**64 - 1)) == 2**64 - 1
     drawn = {resolve_seed(SamplingParams()) for _ in range(20)}
     assert len(drawn) == 20 and all(0 <= s < 2**64 for s in drawn)
@@ -259,7 +278,7 @@ def mixed_states() -> list[SamplerState]:
 
 @settings(max_examples=30, deadline=None)
 @given(order=st.permutations(range(6)), size=st.integers(1, 6))
-def test_a_row_never_sees_its_batch(order: list[int], size: int):
+def test_a_row_never_sees_its_batch(order: list[int], size: int) -> None:
     logits = (np.random.default_rng(8).standard_normal((6, 333)) * 2).astype(np.float32)
     before = logits.copy()
     alone = [sample_row(row, state, text) for row, state in zip(logits, mixed_states(), strict=True)]
@@ -271,7 +290,7 @@ def test_a_row_never_sees_its_batch(order: list[int], size: int):
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_a_state_rebuilt_after_preemption_goes_on_identically(number: int):
+def test_a_state_rebuilt_after_preemption_goes_on_identically(number: int) -> None:
     def walk(state: SamplerState, start: int) -> list[SampledToken]:
         found = []
         for step in range(start, 40):
@@ -302,8 +321,16 @@ token_lists = st.lists(st.integers(0, 29), max_size=60)
     ignore_eos=st.booleans(),
 )
 def test_adjustments_equal_a_recount_from_scratch(
-    x, prompt, answer, repetition, presence, frequency, bias, min_tokens, ignore_eos
-):
+    x: list[float],
+    prompt: list[int],
+    answer: list[int],
+    repetition: float,
+    presence: float,
+    frequency: float,
+    bias: dict[int, float],
+    min_tokens: int,
+    ignore_eos: bool,
+) -> None:
     params = SamplingParams(
         repetition_penalty=repetition,
         presence_penalty=presence,
@@ -329,7 +356,7 @@ def test_adjustments_equal_a_recount_from_scratch(
     assert row.tolist() == row_of(x).tolist()
 
 
-def test_min_tokens_holds_stop_tokens_back_until_it_is_reached():
+def test_min_tokens_holds_stop_tokens_back_until_it_is_reached() -> None:
     row = row_of([0, 9, 8, 7])
     state = SamplerState(SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=[2]), seed=0, eos_token_ids=[1])
     found = []
@@ -357,7 +384,7 @@ def assert_same(found: dict[int, Logprob], expected: dict[int, Logprob]) -> None
 
 
 @given(x=rows, count=st.integers(0, 50), seed=st.integers(0, 99), t=st.sampled_from([0.0, 1.0]))
-def test_logprobs_are_of_the_raw_model_distribution(x: list[float], count: int, seed: int, t: float):
+def test_logprobs_are_of_the_raw_model_distribution(x: list[float], count: int, seed: int, t: float) -> None:
     row = row_of(x)
     params = SamplingParams(temperature=t, top_p=0.9, logit_bias={0: 5.0}, repetition_penalty=1.5, logprobs=count)
     assume(np.isfinite(SamplerState(params, seed=0, answer=[0]).adjusted(row).max()))
@@ -366,7 +393,7 @@ def test_logprobs_are_of_the_raw_model_distribution(x: list[float], count: int, 
     assert_same(token.logprobs, logprobs_by_definition(row.tolist(), token.token_id, count))
 
 
-def test_logprobs_of_a_large_row_with_ties():
+def test_logprobs_of_a_large_row_with_ties() -> None:
     row = np.round(np.random.default_rng(2).standard_normal(4010) * 3).astype(np.float32)
     for count in (1, 62, 63, 5000):
         token = sample_row(row, SamplerState(SamplingParams(logprobs=count), seed=1), text)
@@ -374,7 +401,7 @@ def test_logprobs_of_a_large_row_with_ties():
     assert sample_row(row, SamplerState(SamplingParams(), seed=1), text).logprobs is None
 
 
-def test_prompt_logprobs_pair_each_row_with_the_next_token():
+def test_prompt_logprobs_pair_each_row_with_the_next_token() -> None:
     logits = np.random.default_rng(4).standard_normal((5, 90)).astype(np.float32)
     following = [3, 89, 0, 41, 41]
     found = prompt_logprobs(logits, following, 2, text, first_position=16)
@@ -387,14 +414,14 @@ def test_prompt_logprobs_pair_each_row_with_the_next_token():
 
 @pytest.mark.parametrize("bad", [[0, math.nan, 1], [-INF, 1, INF], [math.nan, INF, 0], [-INF, -INF, -INF]], ids=str)
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=0, logit_bias={1: -100.0})], ids=str)
-def test_unusable_logits_name_the_position(bad: list[float], params: SamplingParams):
+def test_unusable_logits_name_the_position(bad: list[float], params: SamplingParams) -> None:
     with pytest.raises(NumericalError, match="answer position 2"):
         sample_row(row_of(bad), SamplerState(params, seed=0, answer=[0, 0]), text)
     with pytest.raises(NumericalError, match="prompt position 8"):
         prompt_logprobs(np.stack([row_of([0, 1, 2]), row_of(bad)]), [1, 1], 0, text, first_position=7)
 
 
-def test_settings_that_leave_no_token_are_the_requests_fault():
+def test_settings_that_leave_no_token_are_the_requests_fault() -> None:
     masked = SamplingParams(min_tokens=3, stop_token_ids=[0, 1])
     with pytest.raises(RequestError, match="answer position 1.*min_tokens"):
         sample_row(row_of([1, 2, -INF]), SamplerState(masked, seed=0, answer=[0]), text)
@@ -403,7 +430,7 @@ def test_settings_that_leave_no_token_are_the_requests_fault():
         sample_row(row_of([1, 2, 3]), absurd, text)
 
 
-def test_token_ids_outside_the_vocabulary_are_refused():
+def test_token_ids_outside_the_vocabulary_are_refused() -> None:
     inside = SamplingParams(stop_token_ids=[0, 99], logit_bias={99: 1.0})
     check_against_vocab(inside, 100)
     for name, params in (
