@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(f"text has a lone surrogate at character {error.start}, which has no encoding") from None
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with _library_errors("the text cannot be encoded"):
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids that are no token add nothing, bytes that are not UTF-8 become U+FFFD."""
@@ -196,10 +198,22 @@ def _load(directory: Path) -> tokenizers.Tokenizer:
         raise TokenizerError(_missing(directory)) from None
     except OSError as error:
         raise TokenizerError(f"{file}: cannot be read: {error.strerror}") from None
-    try:
+    with _library_errors(f"{file}: not a usable tokenizer"):
         return tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises nothing narrower
-        raise TokenizerError(f"{file}: not a usable tokenizer: {error}") from None
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Turn an error of the library into a TokenizerError.
+
+    The library raises nothing narrower than Exception, and a panic in its Rust code derives from BaseException alone.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{what}: {error}") from None
 
 
 def _missing(directory: Path) -> str:
