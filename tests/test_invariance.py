@@ -1,0 +1,112 @@
+"""A token's logits are bitwise the same whatever happens around it: alone, batched, chunked, cached, preempted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_model
+
+import engine.worker
+from engine import LLM, SamplingParams
+
+Rows = dict[tuple[tuple[int, ...], int], bytes]  # (prompt, answer position) -> the logits row sampled from
+
+MODELS = ("qwen3_tied", "mistral_window", "qwen2_tied_group7", "llama2_mha_f16", "llama2_sharded_f32")
+ANSWER = 24
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Rows:
+    """Every logits row that reaches the sampler, while the test runs."""
+    recorded: Rows = {}
+    original = engine.worker.sample_row
+
+    def record(row, state, token_text):  # type: ignore[no-untyped-def]
+        key = (tuple(record.prompts[id(state)]), state.position)  # type: ignore[attr-defined]
+        assert recorded.setdefault(key, row.tobytes()) == row.tobytes(), f"logits differ at {key[1]}"
+        return original(row, state, token_text)
+
+    record.prompts = {}  # type: ignore[attr-defined]
+    original_answer = engine.worker.Answer
+
+    def answer(sequence, *args, **kwargs):  # type: ignore[no-untyped-def]
+        made = original_answer(sequence, *args, **kwargs)
+        record.prompts[id(made.sampler)] = list(sequence.tokens)  # type: ignore[attr-defined]
+        kept.append(made)  # ids must stay unique
+        return made
+
+    kept: list[object] = []
+    monkeypatch.setattr(engine.worker, "sample_row", record)
+    monkeypatch.setattr(engine.worker, "Answer", answer)
+    return recorded
+
+
+def _prompts() -> list[list[int]]:
+    rng = np.random.default_rng(5)
+    shared = rng.integers(0, 256, 40).tolist()
+    tails = [rng.integers(0, 256, n).tolist() for n in (1, 7, 23, 38)]
+    return [shared + tail for tail in tails] + [tails[1], tails[3][:17]]
+
+
+def _run(model: Path, prompts: Sequence[list[int]], *, together: bool, **settings) -> list[list[int]]:  # type: ignore[no-untyped-def]
+    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+    with LLM(model, device="cpu", **settings) as llm:
+        if together:
+            return [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+        return [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in prompts]
+
+
+def test_logits_are_bitwise_the_same(model: Path, rows: Rows) -> None:
+    """The recorder compares every row with the first one seen for the same prompt and position."""
+    prompts = _prompts()
+    alone = _run(model, prompts, together=False, enable_prefix_caching=False, threads=1)
+    assert len(rows) == len(prompts) * ANSWER
+    for chunk in (512, 33, 7, 1):
+        got = _run(model, prompts, together=True, enable_prefix_caching=False, max_num_batched_tokens=chunk, threads=2)
+        assert got == alone, f"chunks of {chunk}"
+    assert _run(model, prompts, together=False) == alone, "prefix cache"
+    assert _run(model, prompts[::-1], together=True)[::-1] == alone, "batched in another order, cached"
+
+
+def test_preempted_sequences_go_on_as_before(model: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = _prompts()
+    alone = _run(model, prompts, together=False, enable_prefix_caching=False)
+    preempted = []
+    original = engine.worker.Scheduler.schedule
+
+    def schedule(self):  # type: ignore[no-untyped-def]
+        step = original(self)
+        preempted.extend(step.preempted if step else ())
+        return step
+
+    monkeypatch.setattr(engine.worker.Scheduler, "schedule", schedule)
+    with LLM(model, device="cpu") as llm:
+        block_bytes = llm._plan.nbytes // llm._plan.num_blocks
+    for caching in (False, True):
+        got = _run(
+            model,
+            prompts,
+            together=True,
+            max_model_len=112,
+            kv_cache_bytes=12 * block_bytes,
+            enable_prefix_caching=caching,
+        )
+        assert got == alone
+    assert preempted, "the pool was meant to be too small for all"
+
+
+def test_prompt_logits_do_not_depend_on_chunks(model: Path) -> None:
+    prompt = _prompts()[3]
+    results = []
+    for chunk in (512, 19, 1):
+        with LLM(model, device="cpu", max_num_batched_tokens=chunk) as llm:
+            results.append(llm.logits(prompt))
+    assert all(np.array_equal(results[0], other) for other in results[1:])
