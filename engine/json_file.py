@@ -29,8 +29,12 @@ def parse_json(data: bytes, source: str, error: type[EngineError]) -> dict[str, 
     """The object in `data`, UTF-8 JSON; anything else raises `error`, whose message starts with `source`."""
     try:
         value = _DECODER.decode(data.decode("utf-8"))
+        if b"\\ud" in data or b"\\uD" in data:  # surrogates: halves of a character, none alone
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as problem:
         raise error(f"{source}: not UTF-8 at byte {problem.start}") from None
+    except UnicodeEncodeError:
+        raise error(f"{source}: a string holds half of a surrogate pair, which is no character") from None
     except json.JSONDecodeError as problem:
         place = f"line {problem.lineno}, column {problem.colno}"
         raise error(f"{source}: malformed JSON at {place}: {problem.msg}") from None

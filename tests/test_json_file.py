@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError, WeightsError
@@ -19,6 +19,11 @@ _values = st.recursive(
 )
 
 
+def test_escaped_characters_beyond_16_bits():
+    assert parse_json(b'{"a": "\\ud83d\\ude00 \\\\ud83d"}', "x", ConfigError) == {"a": "\U0001f600 \\ud83d"}
+
+
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(st.text(), _values))
 def test_whatever_json_writes_is_read_back(value):
     assert parse_json(json.dumps(value).encode(), "x", ConfigError) == value
@@ -39,6 +44,7 @@ BAD = {
     "-Infinity": (b'{"a": -Infinity}', "-Infinity is not"),
     "float overflow": (b'{"a": 1e999}', "1e999 is out of range"),
     "long integer": (b'{"a": ' + b"9" * 100_000 + b"}", "100000 digits"),
+    "half a surrogate pair": (b'{"a": ["\\uD83D"]}', "half of a surrogate pair"),
     "deep lists": (b'{"a": ' + b"[" * 200_000, "nested too deeply"),
     "deep objects": (b'{"a":' * 200_000, "nested too deeply"),
 }

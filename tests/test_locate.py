@@ -209,7 +209,8 @@ class Downloaded(NamedTuple):
 def downloaded(hub, tmp_path_factory):
     home = tmp_path_factory.mktemp("work") / "hf"
     hub.requests.clear()
-    answers, errors = ask(home, hub.url, "tiny/model", "tiny/sharded", ("tiny/model", "v1"), "qwen3-0.6b", "tiny/cut")
+    models = ("tiny/model", "tiny/sharded", ("tiny/model", "v1"), "qwen3-0.6b", "tiny/cut", "tiny/cut")
+    answers, errors = ask(home, hub.url, *models)
     return Downloaded(home, answers, errors, list(hub.requests))
 
 
@@ -219,7 +220,7 @@ def home(downloaded):
 
 
 def test_download_and_use(downloaded):
-    model, sharded, tagged, alias, cut = downloaded.answers
+    model, sharded, tagged, alias, cut, again = downloaded.answers
     assert model["name"] == "tiny/model" and model["revision"] == Hub.commit("tiny/model")
     assert sorted(p.name for p in Path(model["path"]).iterdir()) == [
         "chat_template.jinja", "config.json", "merges.txt", "model.safetensors", "tokenizer.json",
@@ -228,7 +229,8 @@ def test_download_and_use(downloaded):
     assert set(Checkpoint(sharded["path"]).names()) == {"a", "b"}
     assert tagged == model
     assert alias["name"] == "Qwen/Qwen3-0.6B" and alias["note"] == "qwen3-0.6b = Qwen/Qwen3-0.6B (instruct)"
-    assert Checkpoint(cut["path"]).names() == ("w",)  # the broken connection was taken up again
+    assert cut == again or "run again to resume" in cut["message"]  # the library of today retries by itself
+    assert Checkpoint(again["path"]).names() == ("w",)
     fetched = {path.split("/resolve/")[1].split("/", 1)[1] for path in downloaded.requests if "/resolve/" in path}
     assert "model.safetensors" in fetched and not fetched & set(UNWANTED)
     assert "%|" not in downloaded.errors  # stderr is no terminal: no progress bar

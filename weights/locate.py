@@ -173,7 +173,7 @@ def _explain(problem: BaseException, repo: str, revision: str | None) -> str:
             f"{what} is not completely in the cache {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE forbids downloads: "
             "unset it, or pass a directory that holds the model"
         )
-    status = next((_status(cause) for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
+    status = next((code for cause in causes if (code := _status(cause)) is not None), None)
     if status in (401, 403):
         return f"{hub} refuses access to {what} (HTTP {status}): set HF_TOKEN to a token that may read it"
     if status is not None:
@@ -195,6 +195,7 @@ def _causes(problem: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(problem: BaseException) -> int | None:
+    """The HTTP status that an error of the library or its HTTP client carries."""
     return getattr(getattr(problem, "response", None), "status_code", None)
 
 
