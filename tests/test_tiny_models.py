@@ -1,4 +1,4 @@
-"""The tiny checkpoints themselves: same weights as when Transformers ran on them, files as Hugging Face writes them."""
+"""The tiny checkpoints themselves: files as Hugging Face writes them, committed results complete and of their size."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from tiny_models import CASES, PROMPT_TOKENS, V, golden_record, load_golden, tensors, weights_digest, write_model
+from tiny_models import CASES, PROMPT_TOKENS, V, load_golden, tensors, write_model
 
 from engine.models.registry import read_config
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_weights_are_those_of_the_golden_run(name: str) -> None:
-    assert weights_digest(name) == golden_record()["cases"][name]["digest"]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -46,9 +46,9 @@ def main() -> None:
         print(f"{name}: {facts}, bfloat16 error {cases[name]['bfloat16_rms']}")
     versions = {"transformers": transformers.__version__, "torch": torch.__version__, "numpy": np.__version__}
     np.savez_compressed(HERE / "logits.npz", **logits)
-    write_json("golden.json", {"versions": versions, "cases": cases})
+    write_json("golden.json", versions, "cases", cases)
     configs, ropes = read_variants()
-    write_json("configs.json", {"versions": versions, "variants": configs})
+    write_json("configs.json", versions, "variants", configs)
     np.savez_compressed(HERE / "rope.npz", **ropes)
 
 
@@ -108,11 +108,11 @@ def greedy(model: Any) -> tuple[list[int], list[float]]:
     return tokens[-GREEDY_TOKENS:], margins
 
 
-def read_variants() -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    configs, ropes = [], {}
+def read_variants() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    configs, ropes = {}, {}
     for name, raw in VARIANTS.items():
         config = read_by_transformers(raw)
-        configs.append({"name": name, "config": raw, "expected": expected(config)})
+        configs[name] = {"config": raw, "expected": expected(config)}
         rotary = rotary_module(config)
         ropes[f"{name}/inv_freq"] = rotary.inv_freq.numpy().astype(np.float32)
         ropes[f"{name}/attention_factor"] = np.float64(rotary.attention_scaling)
@@ -168,8 +168,11 @@ def rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 
-def write_json(name: str, value: dict[str, Any]) -> None:
-    (HERE / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+def write_json(name: str, versions: dict[str, str], key: str, records: dict[str, Any]) -> None:
+    """{"versions": …, key: {name: record, …}} with a line for each record, so that a change shows as a line."""
+    lines = ",\n".join(f" {json.dumps(label)}: {json.dumps(record)}" for label, record in records.items())
+    text = f'{{"versions": {json.dumps(versions)},\n"{key}": {{\n{lines}\n}}}}\n'
+    (HERE / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
