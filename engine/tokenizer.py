@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not UTF-8
 # Decoders under which more tokens only ever add text, except to an unfinished character or run of byte tokens.
 _STREAMABLE = ("ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip")
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# No decoder model has one, and with merges that contradict it the library aborts the process.
+_SUBWORD_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json")
 
 
@@ -193,13 +196,17 @@ class Detokenizer:
 def _load(directory: Path) -> tokenizers.Tokenizer:
     file = directory / "tokenizer.json"
     try:
-        data = file.read_bytes()
+        text = file.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise TokenizerError(_missing(directory)) from None
     except OSError as error:
         raise TokenizerError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{file}: not a usable tokenizer: not UTF-8 at byte {error.start}") from None
+    if _SUBWORD_PREFIX.search(text):
+        raise TokenizerError(f"{file}: a continuing_subword_prefix is not supported")
     with _library_errors(f"{file}: not a usable tokenizer"):
-        return tokenizers.Tokenizer.from_buffer(data)
+        return tokenizers.Tokenizer.from_str(text)
 
 
 @contextmanager

@@ -304,10 +304,17 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\0")
     with pytest.raises(TokenizerError, match=r"only tokenizer\.model.*save_pretrained"):
         Tokenizer.from_directory(tmp_path)
-    bpe = b'{"model": {"type": "BPE", "continuing_subword_prefix": "##", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}'
-    for content in (b"", b"{}", b"\xff", bpe, bpe.replace(b"##", b"")):  # the library panics at the first bpe
+    merges = b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}'
+    prefix = b'{"model": {"type": "BPE", "continuing_subword_prefix": "##"}}'
+    for content, message in (
+        (b"", "not a usable tokenizer"),
+        (b"{}", "not a usable tokenizer: Model missing"),
+        (b"\xff", "not UTF-8 at byte 0"),
+        (merges, "not a usable tokenizer: .*out of vocabulary"),
+        (prefix, "continuing_subword_prefix is not supported"),
+    ):
         (tmp_path / "tokenizer.json").write_bytes(content)
-        with pytest.raises(TokenizerError, match="not a usable tokenizer"):
+        with pytest.raises(TokenizerError, match=message):
             Tokenizer.from_directory(tmp_path)
     save(tmp_path, None)
     (tmp_path / "tokenizer_config.json").write_text("[", encoding="utf-8")
