@@ -31,15 +31,19 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 SOURCE_DIR = Path("engine/ops/cpu")
 COMMON_SOURCES = (
+    "attention_plan.cpp",
     "backend.cpp",
+    "bind_attention.cpp",
     "bind_linear.cpp",
+    "bind_rows.cpp",
     "bindings.cpp",
     "features.cpp",
     "kernels.cpp",
+    "kv_cache.cpp",
     "packed_weight.cpp",
     "thread_pool.cpp",
 )
-KERNEL_SOURCES = ("finite.cpp", "linear.cpp")  # compiled once per instruction set
+KERNEL_SOURCES = ("attention.cpp", "finite.cpp", "linear.cpp", "rope.cpp", "rows.cpp")  # compiled once per instruction set
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 INSTRUCTION_SETS: dict[str, tuple[int, tuple[str, ...]]] = {  # namespace -> ENGINE_ISA_LEVEL, flags

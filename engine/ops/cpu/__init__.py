@@ -45,7 +45,7 @@ class CpuOps:
     one at a time, from whichever thread. Raises InvalidArgument for shapes, dtypes or strides that do not fit.
     """
 
-    kv_block_size = 16
+    kv_block_size: int = _native.kv_block_size
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         self.threads = default_threads() if threads is None else threads
@@ -96,7 +96,7 @@ class CpuOps:
     def new_kv_cache(
         self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
     ) -> Any:
-        return self._native.new_kv_cache(num_layers, num_blocks, self.kv_block_size, num_kv_heads, head_dim, np.dtype(dtype))
+        return _native.new_kv_cache(num_layers, num_blocks, num_kv_heads, head_dim, np.dtype(dtype))
 
     def rope_and_cache(
         self,

@@ -22,63 +22,345 @@ namespace engine {
 namespace ENGINE_ISA {
 namespace {
 
-constexpr int kChunk = 64;                              // tokens
+constexpr int kChunk = 64;  // tokens
 constexpr int kChunkBlocks = kChunk / kBlockTokens;
-constexpr float kLowest = -3.40282347e38f;  // not −inf: the difference of two maxima must not be NaN
+constexpr float kLowest = -3.40282347e38f;    // not −inf: a difference of two maxima must not be NaN
+constexpr int64_t kRowsWorthWidening = 16;    // from here on V is converted to fp32 once for all rows of an item
 
-// Rows of a tile × vectors per row is what accumulates in registers: at most 16 of 32, for AVX2 6 pairs of 16.
-#if ENGINE_ISA_LEVEL == 1
-constexpr int kTileRows = 6;
-constexpr int kAccumulators = 6;
+// Rows of a tile, and how many sums of sixteen lanes a kernel keeps in registers (32 of one, 16 of half, 16 of a quarter).
+#if ENGINE_ISA_LEVEL >= 2
+constexpr int kTileRows = 8, kSums = 16;
+#elif ENGINE_ISA_LEVEL == 1
+constexpr int kTileRows = 6, kSums = 6;
 #else
-constexpr int kTileRows = 8;
-constexpr int kAccumulators = 16;
+constexpr int kTileRows = 2, kSums = 2;
 #endif
-constexpr int vectors_per_row(int rows) { return kAccumulators / rows < 4 ? kAccumulators / rows : 4; }
 
-// The state of an item's rows, in one thread's scratch memory.
-struct Rows {
-    float* q;         // tiles, see pack_queries
-    float* output;    // [rows] [DV]
-    F32x16* sum;      // [rows], sixteen partial sums of the weights
-    float* maximum;   // [rows]
-    float* rescale;   // [rows], what `output` is still to be multiplied by
-    float* weights;   // [kTileRows] [kChunk], scores first
-    float* wide_v;    // [kChunk] [DV], V as fp32
+template <int n>
+struct Count {
+    static constexpr int value = n;
 };
+
+// Calls f(Count<rows>{}) for rows in 1..n.
+template <int n, class F>
+static inline void with_count(int rows, F&& f) {
+    if (rows == n) return f(Count<n>{});
+    if constexpr (n > 1) with_count<n - 1>(rows, f);
+}
+
+// ---- scores ----------------------------------------------------------------------------------------------------------
+
+// One step through a K tile: what it loads for 16 tokens, and the query units of a row it meets. Queries of a tile of
+// rows lie in the order of use, [step] [unit] [rows].
+template <class T>  // float, f16: one element
+struct Keys {
+    using Query = float;
+    static constexpr int kElements = 1, kUnits = 1;
+    F32x16 k;
+
+    explicit Keys(const T* tile) : k(load(tile)) {}
+    F32x16 add(F32x16 sum, const float* q, int) const { return mul_add(k, broadcast(*q), sum); }
+};
+
+#if ENGINE_ISA_LEVEL >= 3
+template <>
+struct Keys<bf16> {  // a pair, by the dot product instruction
+    using Query = int32_t;
+    static constexpr int kElements = 2, kUnits = 1;
+    I32x16 k;
+
+    explicit Keys(const bf16* tile) : k(load_i32(tile)) {}
+    F32x16 add(F32x16 sum, const int32_t* q, int) const {
+        return {_mm512_dpbf16_ps(sum.v, (__m512bh)k.v, (__m512bh)_mm512_set1_epi32(*q))};
+    }
+};
+#else
+template <>
+struct Keys<bf16> {  // a pair, widened to two fp32
+    using Query = float;
+    static constexpr int kElements = 2, kUnits = 2;
+    F32x16 even, odd;
+
+    explicit Keys(const bf16* tile)
+        : even(bits_to_float(shift_left<16>(load_i32(tile)))),
+          odd(bits_to_float(load_i32(tile) & broadcast_i32(static_cast<int32_t>(0xffff0000)))) {}
+    F32x16 add(F32x16 sum, const float* q, int rows) const {
+        return mul_add(odd, broadcast(q[rows]), mul_add(even, broadcast(*q), sum));
+    }
+};
+#endif
+
+// Row `row` of `rows` into a tile of queries.
+template <class T>
+void pack_query(const T* q, int64_t D, float* tile, int row, int rows) {
+    alignas(64) float wide[kLanes];
+    for (int64_t d = 0; d < D; d += kLanes) {
+        const int64_t n = min_of(kLanes, D - d);
+        store(wide, load_up_to(q + d, n));
+        for (int64_t i = 0; i < n; ++i) tile[(d + i) * rows + row] = wide[i];
+    }
+}
+template <class T>
+void pack_query(const T* q, int64_t D, int32_t* tile, int row, int rows) {
+    for (int64_t pair = 0; pair < D / 2; ++pair) std::memcpy(tile + pair * rows + row, q + 2 * pair, 4);
+}
+
+// Unscaled scores [rows, kChunk] of `blocks` neighbouring blocks.
+template <class T, int rows, int blocks>
+void score(const typename Keys<T>::Query* q, const T* const* k, int64_t D, float* scores) {
+    F32x16 sums[rows][blocks];
+    for (int r = 0; r < rows; ++r)
+        for (int b = 0; b < blocks; ++b) sums[r][b] = zero();
+    for (int64_t at = 0; at < D * kLanes; at += Keys<T>::kElements * kLanes) {
+        for (int b = 0; b < blocks; ++b) {
+            const Keys<T> keys(k[b] + at);
+            for (int r = 0; r < rows; ++r) sums[r][b] = keys.add(sums[r][b], q + r, rows);
+        }
+        q += Keys<T>::kUnits * rows;
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int b = 0; b < blocks; ++b) store(scores + r * kChunk + b * kLanes, sums[r][b]);
+}
+
+// As many blocks at a time as there are registers for: 1, 2 or 4. k[b] may be any tile for blocks that nobody sees.
+template <class T, int rows>
+void score_chunk(const typename Keys<T>::Query* q, const T* const* k, int begin, int end, int64_t D, float* scores) {
+    constexpr int step = kSums / rows >= 4 ? 4 : kSums / rows >= 2 ? 2 : 1;
+    for (int b = begin / step * step; b < end; b += step) score<T, rows, step>(q, k + b, D, scores + b * kLanes);
+}
+
+// ---- weights ---------------------------------------------------------------------------------------------------------
 
 // The tokens [begin, end) of a chunk that a row sees.
 struct Seen {
     int begin, end;
 };
 
-// A chunk's tiles; the first and last may be unused.
-template <class T>
-struct Chunk {
-    const T* k[kChunkBlocks];
-    const T* v[kChunkBlocks];
-};
-
-static inline F32x16 keep_lanes(F32x16 a, int begin, int end, float other) {
+static inline F32x16 hide_unseen(F32x16 scores, int first_token, Seen seen) {
     alignas(64) float lanes[kLanes];
-    store(lanes, a);
+    store(lanes, scores);
     for (int i = 0; i < kLanes; ++i)
-        if (i < begin || i >= end) lanes[i] = other;
+        if (first_token + i < seen.begin || first_token + i >= seen.end) lanes[i] = -__builtin_inff();
     return load(lanes);
 }
 
-// ---- queries ----
+// What a row carries from chunk to chunk, besides its output.
+struct RowState {
+    F32x16 sum;      // of weights, sixteen partial sums
+    float maximum;   // of scores
+    float rescale;   // what the output is still to be multiplied by
+};
 
-// q of a tile's rows, element by element: [D] [rows] fp32. For the bf16 dot product [D / 2] [rows] pairs.
-template <class T>
-struct Query {
-    using Unit = float;
-    static constexpr int kElements = 1;
-    static float unit(const T* p) {
-        return first_lane(load_n(p, 1));
+// Turns a row's scores [kChunk] into weights.
+static inline void weigh(float* scores, float scale, Seen seen, RowState& row) {
+    F32x16 s[kChunkBlocks];
+    F32x16 largest = broadcast(row.maximum);
+    for (int b = 0; b < kChunkBlocks; ++b) {
+        s[b] = load(scores + b * kLanes) * broadcast(scale);
+        if (seen.begin > b * kLanes || seen.end < (b + 1) * kLanes) s[b] = hide_unseen(s[b], b * kLanes, seen);
+        largest = max(largest, s[b]);
     }
+    const float maximum = largest_lane(largest);
+    for (int b = 0; b < kChunkBlocks; ++b) {
+        s[b] = exp32(s[b] - broadcast(maximum));
+        store(scores + b * kLanes, s[b]);
+    }
+    const F32x16 rescale = exp32(broadcast(row.maximum - maximum));
+    row.sum = row.sum * rescale + ((s[0] + s[1]) + (s[2] + s[3]));
+    row.rescale = first_lane(rescale);
+    row.maximum = maximum;
+}
+
+// ---- values ----------------------------------------------------------------------------------------------------------
+
+// output[r] = output[r] · rescale[r] + Σ_t weights[r][t] · v[t] for t in [begin, end), 16 · vectors of the DV elements.
+template <class V, int rows, int vectors>
+void add_values(float* output, RowState* states, const float* weights, const V* const* v, int begin, int end, int64_t DV) {
+    F32x16 sums[rows][vectors];
+    for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < vectors; ++i)
+            sums[r][i] = load(output + r * DV + i * kLanes) * broadcast(states[r].rescale);
+    for (int t = begin; t < end;) {
+        const int block = t / kBlockTokens, stop = static_cast<int>(min_of(end, (block + 1) * kBlockTokens));
+        const V* value = v[block] + t % kBlockTokens * DV;
+        for (; t < stop; ++t, value += DV) {
+            for (int i = 0; i < vectors; ++i) {
+                const F32x16 lanes = load(value + i * kLanes);
+                for (int r = 0; r < rows; ++r) sums[r][i] = mul_add(broadcast(weights[r * kChunk + t]), lanes, sums[r][i]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < vectors; ++i) store(output + r * DV + i * kLanes, sums[r][i]);
+}
+
+template <class V, int rows>
+void add_values_to_rows(float* output, RowState* states, const float* weights, const V* const* v, int begin, int end,
+                        int64_t DV) {
+    constexpr int vectors = kSums / rows >= 4 ? 4 : kSums / rows >= 2 ? 2 : 1;
+    const V* shifted[kChunkBlocks];
+    for (int64_t d = 0, width; d < DV; d += width) {
+        const bool several = DV - d >= vectors * kLanes;
+        width = several ? vectors * kLanes : kLanes;
+        for (int b = 0; b < kChunkBlocks; ++b) shifted[b] = v[b] + d;
+        const auto kernel = several ? add_values<V, rows, vectors> : add_values<V, rows, 1>;
+        kernel(output + d, states, weights, shifted, begin, end, DV);
+    }
+    for (int r = 0; r < rows; ++r) states[r].rescale = 1.0f;
+}
+
+// Stretches of tokens that the same rows see. `seen` moves forward from row to row, so these rows are neighbours.
+template <class V>
+void add_seen_values(float* output, RowState* states, const float* weights, const V* const* v, const Seen* seen, int rows,
+                     int64_t DV) {
+    for (int t = seen[0].begin; t < seen[rows - 1].end;) {
+        int first = 0, last = rows;
+        while (seen[first].end <= t) ++first;
+        while (seen[last - 1].begin > t) --last;
+        const int stop = last < rows && seen[last].begin < seen[first].end ? seen[last].begin : seen[first].end;
+        with_count<kTileRows>(last - first, [&](auto count) {
+            add_values_to_rows<V, count.value>(output + first * DV, states + first, weights + first * kChunk, v, t, stop, DV);
+        });
+        t = stop;
+    }
+}
+
+// ---- an item ---------------------------------------------------------------------------------------------------------
+
+// One thread's memory for one item.
+template <class T>
+struct Workspace {
+    typename Keys<T>::Query* queries;  // per tile of rows, see Keys
+    float* output;                     // [rows, DV]
+    RowState* states;                  // [rows]
+    float* weights;                    // [kTileRows, kChunk]
+    float* wide_v;                     // [kChunk, DV]
+};
+
+static inline int64_t workspace_bytes(int64_t D) {
+    const int64_t DV = value_stride(D);
+    const int64_t bytes = 4 * (kItemRows * (D + DV) + kTileRows * kChunk + kChunk * DV) + kItemRows * int64_t{sizeof(RowState)};
+    return ceil_div(bytes, 64) * 64;
+}
+
+template <class T>
+Workspace<T> carve(char* memory, int64_t D) {
+    const int64_t DV = value_stride(D);
+    Workspace<T> w;
+    w.states = reinterpret_cast<RowState*>(memory);
+    w.weights = reinterpret_cast<float*>(w.states + kItemRows);
+    w.output = w.weights + kTileRows * kChunk;
+    w.wide_v = w.output + kItemRows * DV;
+    w.queries = reinterpret_cast<typename Keys<T>::Query*>(w.wide_v + kChunk * DV);
+    return w;
+}
+
+template <class T>
+class ItemRun {
+public:
+    ItemRun(const AttentionArgs& args, const AttentionItem& item, char* memory)
+        : a(args), item(item), w(carve<T>(memory, args.cache.D)), D(args.cache.D), DV(value_stride(D)),
+          G(args.H / args.cache.KVH), rows(item.row_end - item.row_begin), tiles(static_cast<int>(ceil_div(rows, kTileRows))) {}
+
+    void run() {
+        start();
+        const int64_t first = max_of(0, position(0) - a.window + 1), last = position(rows - 1);
+        for (int64_t token = first / kChunk * kChunk; token <= last; token += kChunk) {
+            load_chunk(token, first, last);
+            for (int tile = 0; tile < tiles; ++tile) attend(tile, token);
+        }
+        finish();
+    }
+
+private:
+    int64_t token_of(int row) const { return item.first_token + (item.row_begin + row) / G; }
+    int64_t element_of(int row) const { return (item.kv_head * G + (item.row_begin + row) % G) * D; }
+    int64_t position(int row) const { return a.positions[token_of(row)]; }
+    int tile_begin(int tile) const { return rows * tile / tiles; }
+
+    // Queries into tiles, states and outputs to nothing seen yet.
+    void start() {
+        for (int tile = 0; tile < tiles; ++tile) {
+            const int begin = tile_begin(tile), count = tile_begin(tile + 1) - begin;
+            for (int r = 0; r < count; ++r) {
+                const T* q = static_cast<const T*>(a.q) + token_of(begin + r) * a.q_stride + element_of(begin + r);
+                pack_query(q, D, queries(tile), r, count);
+            }
+        }
+        for (int r = 0; r < rows; ++r) w.states[r] = {zero(), kLowest, 1.0f};
+        std::memset(w.output, 0, static_cast<size_t>(rows * DV) * sizeof(float));
+    }
+
+    typename Keys<T>::Query* queries(int tile) const { return w.queries + tile_begin(tile) * D * Keys<T>::kUnits / Keys<T>::kElements; }
+
+    // Tiles of the chunk at `token`; only those with tokens in [first, last] are read, the others repeat a neighbour.
+    void load_chunk(int64_t token, int64_t first, int64_t last) {
+        const int64_t lowest = first / kBlockTokens, highest = last / kBlockTokens;
+        widened = rows >= kRowsWorthWidening && a.cache.type != DType::f32;
+        for (int b = 0; b < kChunkBlocks; ++b) {
+            const int64_t index = min_of(highest, max_of(lowest, token / kBlockTokens + b));
+            const int64_t block = item.block_table[index];
+            k[b] = reinterpret_cast<const T*>(k_tile(a.cache, block, item.kv_head));
+            v[b] = reinterpret_cast<const T*>(v_tile(a.cache, block, item.kv_head));
+            if (!widened) continue;
+            float* wide = w.wide_v + b * kBlockTokens * DV;
+            for (int64_t i = 0; i < kBlockTokens * DV; i += kLanes) store(wide + i, load(v[b] + i));
+            wide_v[b] = wide;
+        }
+    }
+
+    void attend(int tile, int64_t token) {
+        const int begin = tile_begin(tile), count = tile_begin(tile + 1) - begin;
+        Seen seen[kTileRows];
+        for (int r = 0; r < count; ++r) {
+            const int64_t past_last = position(begin + r) + 1 - token;
+            seen[r].begin = static_cast<int>(min_of(kChunk, max_of(0, past_last - a.window)));
+            seen[r].end = static_cast<int>(min_of(kChunk, max_of(0, past_last)));
+        }
+        if (seen[0].begin == kChunk || seen[count - 1].end == 0) return;
+        const int first_block = seen[0].begin / kLanes, past_block = static_cast<int>(ceil_div(seen[count - 1].end, kLanes));
+        with_count<kTileRows>(count, [&](auto n) {
+            score_chunk<T, n.value>(queries(tile), k, first_block, past_block, D, w.weights);
+        });
+        for (int r = 0; r < count; ++r)
+            if (seen[r].begin < seen[r].end) weigh(w.weights + r * kChunk, a.scale, seen[r], w.states[begin + r]);
+        float* output = w.output + begin * DV;
+        if (widened) add_seen_values(output, w.states + begin, w.weights, wide_v, seen, count, DV);
+        else add_seen_values(output, w.states + begin, w.weights, v, seen, count, DV);
+    }
+
+    void finish() {
+        for (int r = 0; r < rows; ++r) {
+            T* out = static_cast<T*>(a.out) + token_of(r) * a.out_stride + element_of(r);
+            const F32x16 sum = broadcast(sum_of_lanes(w.states[r].sum));
+            for (int64_t d = 0; d < D; d += kLanes)
+                store_up_to(out + d, load(w.output + r * DV + d) / sum, min_of(kLanes, D - d));
+        }
+    }
+
+    const AttentionArgs& a;
+    const AttentionItem& item;
+    const Workspace<T> w;
+    const int64_t D, DV, G;
+    const int rows, tiles;
+    bool widened = false;
+    const T* k[kChunkBlocks];
+    const T* v[kChunkBlocks];
+    const float* wide_v[kChunkBlocks];
 };
 
 }  // namespace
+
+void attention(const AttentionArgs& a, ThreadPool& pool, Scratch& scratch) {
+    const int64_t bytes = workspace_bytes(a.cache.D);
+    char* memory = static_cast<char*>(scratch.reserve(static_cast<size_t>(pool.threads() * bytes)));
+    with_type(a.cache.type, [&](auto element) {
+        using T = typename decltype(element)::type;
+        pool.parallel_for(a.num_items, 1, [&](int64_t begin, int64_t end, int thread) {
+            for (int64_t i = begin; i < end; ++i) ItemRun<T>(a, a.items[i], memory + thread * bytes).run();
+        });
+    });
+}
+
 }  // namespace ENGINE_ISA
 }  // namespace engine

@@ -26,6 +26,7 @@ struct RopeArgs {
 struct AttentionItem {
     int64_t first_token;         // of the sequence, as a row of q
     const int32_t* block_table;  // of the sequence
+    int64_t work;                // rows × tokens, about
     int32_t kv_head;
     int32_t row_begin, row_end;
 };

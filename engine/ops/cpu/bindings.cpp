@@ -106,4 +106,6 @@ PYBIND11_MODULE(_native, module) {
         return new Backend(threads, kernels_named(isa));
     }));
     bind_linear(module, backend);
+    bind_rows(backend);
+    bind_attention(module, backend);
 }

@@ -55,5 +55,7 @@ private:
 
 using BackendClass = py::class_<Backend>;
 void bind_linear(py::module_& module, BackendClass& backend);
+void bind_rows(BackendClass& backend);
+void bind_attention(py::module_& module, BackendClass& backend);
 
 }  // namespace engine

@@ -12,8 +12,10 @@
 
 #include <cstdint>
 
+#include "attention_args.h"
 #include "backend.h"
 #include "dtypes.h"
+#include "row_args.h"
 
 namespace engine {
 
@@ -37,7 +39,12 @@ struct LinearArgs {
 //                          result  name        parameters
 #define ENGINE_KERNEL_LIST(KERNEL)                                             \
     KERNEL(void, linear, (const LinearArgs&, ThreadPool&, Scratch&))           \
-    KERNEL(bool, all_finite, (const void* data, DType, int64_t count, ThreadPool&))
+    KERNEL(bool, all_finite, (const void* data, DType, int64_t count, ThreadPool&)) \
+    KERNEL(void, embed, (const EmbedArgs&, ThreadPool&))                           \
+    KERNEL(void, rms_norm, (const RmsNormArgs&, ThreadPool&))                      \
+    KERNEL(void, silu_mul, (const SiluMulArgs&, ThreadPool&))                      \
+    KERNEL(void, rope_and_cache, (const RopeArgs&, ThreadPool&))                   \
+    KERNEL(void, attention, (const AttentionArgs&, ThreadPool&, Scratch&))
 
 struct Kernels {
     const char* isa;

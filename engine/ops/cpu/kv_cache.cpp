@@ -8,18 +8,12 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 
-size_t bytes_per_layer(int64_t num_blocks, int64_t KVH, int64_t D, DType type) {
-    const KVLayer shape{nullptr, type, KVH, D};
-    return static_cast<size_t>(num_blocks * KVH * (shape.k_bytes() + shape.v_bytes()));
-}
-
 }  // namespace
 
 KVCache::KVCache(int64_t num_layers, int64_t num_blocks, int64_t KVH, int64_t D, DType type)
     : num_layers(num_layers), num_blocks(num_blocks), KVH(KVH), D(D), type(type),
-      nbytes(static_cast<size_t>(num_layers) * bytes_per_layer(num_blocks, KVH, D, type)),
-      layer_bytes_(bytes_per_layer(num_blocks, KVH, D, type)),
-      allocation_(std::calloc(nbytes + kAlignment, 1)) {  // calloc leaves large memory untouched until it is used
+      layer_bytes_(static_cast<size_t>(num_blocks * KVH * tile_pair_bytes({nullptr, type, KVH, D}))),
+      allocation_(std::calloc(nbytes() + kAlignment, 1)) {  // large: untouched pages of it are not resident
     if (!allocation_) throw std::bad_alloc();
 }
 

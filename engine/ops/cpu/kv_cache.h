@@ -16,23 +16,30 @@
 namespace engine {
 
 constexpr int64_t kBlockTokens = 16;
+constexpr int64_t kMaxHeadDim = 256;
 
 // One layer's tiles.
 struct KVLayer {
     char* data;
     DType type;
     int64_t KVH, D;
-
-    int64_t DV() const { return (D + 15) / 16 * 16; }
-    int64_t k_bytes() const { return kBlockTokens * D * size_of(type); }
-    int64_t v_bytes() const { return kBlockTokens * DV() * size_of(type); }
-    char* k_tile(int64_t block, int64_t head) const { return data + (block * KVH + head) * (k_bytes() + v_bytes()); }
-    char* v_tile(int64_t block, int64_t head) const { return k_tile(block, head) + k_bytes(); }
 };
+
+static inline int64_t value_stride(int64_t D) { return (D + 15) / 16 * 16; }  // DV, elements
+static inline int64_t k_tile_bytes(const KVLayer& kv) { return kBlockTokens * kv.D * size_of(kv.type); }
+static inline int64_t tile_pair_bytes(const KVLayer& kv) {
+    return k_tile_bytes(kv) + kBlockTokens * value_stride(kv.D) * size_of(kv.type);
+}
+static inline char* k_tile(const KVLayer& kv, int64_t block, int64_t head) {
+    return kv.data + (block * kv.KVH + head) * tile_pair_bytes(kv);
+}
+static inline char* v_tile(const KVLayer& kv, int64_t block, int64_t head) {
+    return k_tile(kv, block, head) + k_tile_bytes(kv);
+}
 
 class KVCache {
 public:
-    // Zeroed; pages the operating system has not been asked for yet cost nothing. Throws std::bad_alloc.
+    // Zeroed; memory that has not been written to yet costs nothing. Throws std::bad_alloc.
     KVCache(int64_t num_layers, int64_t num_blocks, int64_t KVH, int64_t D, DType type);
     ~KVCache();
     KVCache(const KVCache&) = delete;
@@ -40,11 +47,11 @@ public:
 
     const int64_t num_layers, num_blocks, KVH, D;
     const DType type;
-    const size_t nbytes;
     KVLayer layer(int64_t index) const;
+    size_t nbytes() const { return static_cast<size_t>(num_layers) * layer_bytes_; }
 
 private:
-    size_t layer_bytes_;
+    const size_t layer_bytes_;
     void* allocation_;
 };
 

@@ -10,7 +10,6 @@ namespace engine {
 namespace ENGINE_ISA {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kGrainElements = 8192;  // a thread's share at least; see rows.cpp
 
 // out = rotation of x [D], normalised first if norm [D] is given.
@@ -58,8 +57,8 @@ void rope_row(const RopeArgs& a, int64_t t) {
     for (int64_t h = 0; h < KVH; ++h) {
         alignas(64) T rotated[kMaxHeadDim];
         rotate(k + h * D, a.k_norm, a.eps, cos, sin, rotated, D);
-        write_k(rotated, D, a.cache.k_tile(block, h), token);
-        T* row = reinterpret_cast<T*>(a.cache.v_tile(block, h)) + token * a.cache.DV();
+        write_k(rotated, D, k_tile(a.cache, block, h), token);
+        T* row = reinterpret_cast<T*>(v_tile(a.cache, block, h)) + token * value_stride(D);
         std::memcpy(row, v + h * D, static_cast<size_t>(D) * sizeof(T));
     }
 }
