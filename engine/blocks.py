@@ -166,7 +166,7 @@ class BlockPool:
         """Take a node and everything below it out of the index."""
         assert node.parent is not None, "the root stays"
         del node.parent.children[node.tokens]
-        for lost in list(_subtree(node)):
+        for lost in _subtree(node):
             assert lost.block is not None, "a node in the tree has no block"
             del self._nodes[lost.block]
             if lost.block in self._cached:

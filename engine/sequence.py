@@ -8,9 +8,9 @@ just as the prompt was. It does not know how tokens are chosen or turned into te
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from engine.blocks import PrefixNode
 from engine.core import FinishReason, SamplingParams
@@ -33,7 +33,7 @@ class Sequence:
     what may come from the prefix cache.
     """
 
-    request_id: Hashable
+    request_id: Any  # hashable: what `Scheduler.abort` takes
     index: int  # which of the request's n answers
     tokens: list[int]  # prompt, then answer
     params: SamplingParams

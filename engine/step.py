@@ -60,8 +60,8 @@ def build_step(chunks: list[Chunk], preempted: list[Sequence], block_size: int) 
 
     logit_rows = []
     for seq, start, end in chunks:
-        last = len(seq.tokens) - 1
-        logit_rows += [LogitRow(seq, p, p == last and not seq.only_scored) for p in range(max(start, seq.next_logit), end)]
+        sampled_at = None if seq.only_scored else len(seq.tokens) - 1
+        logit_rows += [LogitRow(seq, p, p == sampled_at) for p in range(max(start, seq.next_logit), end)]
     owed_from = np.array([chunk.sequence.next_logit for chunk in chunks], np.int32)
     batch = Batch(
         token_ids=np.array([token for seq, start, end in chunks for token in seq.tokens[start:end]], np.int32),
