@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from engine.errors import EngineError
 
 MAX_BYTES = 64 << 20  # the largest file in real models (a tokenizer.json) is under 40 MB
+_MAX_KEY = 1000  # characters; keys are tensor and option names, and errors quote them
 _MAX_DIGITS = 40  # no count or offset needs more; int() takes quadratic time on long ones
 
 
@@ -47,6 +48,12 @@ def parse_json(data: bytes, source: str, error: type[EngineError]) -> dict[str, 
     return value
 
 
+def brief(value: object, limit: int = 200) -> str:
+    """`repr(value)`, cut to `limit` characters: what a hostile file holds must not flood an error message."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def _read_bytes(path: Path, error: type[EngineError], max_bytes: int) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
@@ -69,8 +76,10 @@ class _Refused(ValueError):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
+        if len(key) > _MAX_KEY:
+            raise _Refused(f"a key of {len(key)} characters")
         if key in found:
-            raise _Refused(f"key {key!r} appears more than once in one object")
+            raise _Refused(f"key {brief(key)} appears more than once in one object")
         found[key] = value
     return found
 

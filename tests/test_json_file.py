@@ -45,6 +45,7 @@ BAD = {
     "float overflow": (b'{"a": 1e999}', "1e999 is out of range"),
     "long integer": (b'{"a": ' + b"9" * 100_000 + b"}", "100000 digits"),
     "half a surrogate pair": (b'{"a": ["\\uD83D"]}', "half of a surrogate pair"),
+    "long key": (b'{"a": {"' + b"k" * 1001 + b'": 1}}', "a key of 1001 characters"),
     "deep lists": (b'{"a": ' + b"[" * 200_000, "nested too deeply"),
     "deep objects": (b'{"a":' * 200_000, "nested too deeply"),
 }

@@ -15,7 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engine.errors import WeightsError
-from engine.json_file import read_json
+from engine.json_file import brief, read_json
 from engine.weights.safetensors_file import SafetensorsFile, TensorEntry
 
 SINGLE = "model.safetensors"
@@ -97,7 +97,9 @@ def read_weight_map(directory: Path) -> dict[str, str] | None:
         raise WeightsError(f"{index}: weight_map must be a non-empty object of tensor names and file names")
     for tensor, name in weight_map.items():
         if not _is_plain_file_name(name):
-            raise WeightsError(f"{index}: tensor {tensor!r}: {name!r} is not the plain name of a .safetensors file")
+            raise WeightsError(
+                f"{index}: tensor {brief(tensor)}: {brief(name)} is not the plain name of a .safetensors file"
+            )
     return weight_map
 
 
@@ -106,7 +108,7 @@ def _is_plain_file_name(name: object) -> bool:
     return (
         isinstance(name, str)
         and name.endswith(".safetensors")
-        and name.isprintable()  # neither NUL nor halves of surrogate pairs, which no file name can hold
+        and name.isprintable()  # in particular no NUL, which no file name can hold
         and PurePosixPath(name).name == name
         and PureWindowsPath(name).name == name
         and len(name.encode()) <= 255
@@ -136,7 +138,7 @@ def _check_against_index(directory: Path, weight_map: dict[str, str], files: dic
 
 def named(names: list[str], limit: int = 5) -> str:
     """How many tensors and the first few of them: "7 tensors ('a', 'b', 'c', 'd', 'e' and 2 more)"."""
-    shown = ", ".join(repr(name) for name in names[:limit])
+    shown = ", ".join(brief(name) for name in names[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown}{more})"
 

@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engine.errors import WeightsError
+from engine.json_file import brief
 from engine.weights.checkpoint import Checkpoint, named
 from engine.weights.safetensors_file import TensorEntry
 
@@ -62,7 +63,7 @@ def _check_types(entries: list[TensorEntry], shapes: Mapping[str, tuple[int, ...
     for entry in entries:
         if entry.name in shapes and entry.dtype not in FLOATS:
             raise WeightsError(
-                f"{entry.file}: tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; "
+                f"{entry.file}: tensor {brief(entry.name)} is {entry.dtype} {list(entry.shape)}; "
                 f"checkpoints quantised in this way are not supported yet, only {', '.join(FLOATS)}"
             )
 
@@ -94,8 +95,8 @@ def _check_shapes(entries: list[TensorEntry], shapes: Mapping[str, tuple[int, ..
     if not wrong:
         return
     shown = "; ".join(
-        f"{entry.name!r} in {entry.file.name}: expected {list(shapes[entry.name])}, found {list(entry.shape)}"
+        f"{brief(entry.name)} in {entry.file.name}: expected {list(shapes[entry.name])}, found {list(entry.shape)}"
         for entry in wrong[:_LISTED]
     )
     more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
-    raise WeightsError(f"{wrong[0].file.parent}: {len(wrong)} tensors have the wrong shape: {shown}{more}")
+    raise WeightsError(f"{wrong[0].file.parent}: wrong shape for {len(wrong)} of {len(entries)} tensors: {shown}{more}")

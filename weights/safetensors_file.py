@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import WeightsError
-from engine.json_file import parse_json
+from engine.json_file import brief, parse_json
 
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
@@ -172,24 +172,24 @@ def _check_metadata(path: Path, metadata: object) -> dict[str, str]:
 
 def _check_entry(path: Path, name: str, fields: object, start: int, file_size: int) -> TensorEntry:
     """The header's claim about one tensor, checked by itself."""
-    where = f"{path}: tensor {_brief(name)}"
+    where = f"{path}: tensor {brief(name)}"
     if not isinstance(fields, dict) or set(fields) != _ENTRY_KEYS:
-        raise WeightsError(f"{where}: exactly dtype, shape and data_offsets are required, found {_brief(fields)}")
+        raise WeightsError(f"{where}: exactly dtype, shape and data_offsets are required, found {brief(fields)}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise WeightsError(f"{where}: dtype {_brief(dtype)} is not one of {', '.join(DTYPES)}")
+        raise WeightsError(f"{where}: dtype {brief(dtype)} is not one of {', '.join(DTYPES)}")
     if not _are_counts(shape) or len(shape) > _MAX_DIMS:
-        raise WeightsError(f"{where}: shape {_brief(shape)} is not a list of up to {_MAX_DIMS} non-negative numbers")
+        raise WeightsError(f"{where}: shape {brief(shape)} is not a list of up to {_MAX_DIMS} non-negative numbers")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise WeightsError(f"{where}: data_offsets {_brief(offsets)} are not two non-negative numbers")
+        raise WeightsError(f"{where}: data_offsets {brief(offsets)} are not two non-negative numbers")
     itemsize = DTYPES[dtype].itemsize
     if math.prod(size for size in shape if size) * itemsize >= 1 << 63:  # NumPy refuses it even beside a zero
-        raise WeightsError(f"{where}: shape {_brief(shape)} is beyond any memory")
+        raise WeightsError(f"{where}: shape {brief(shape)} is beyond any memory")
     begin, end = offsets
     if end - begin != math.prod(shape) * itemsize:
         raise WeightsError(
-            f"{where}: {dtype} {_brief(shape)} takes {math.prod(shape) * itemsize} bytes, "
-            f"data_offsets {_brief(offsets)} give it {end - begin}"
+            f"{where}: {dtype} {brief(shape)} takes {math.prod(shape) * itemsize} bytes, "
+            f"data_offsets {brief(offsets)} give it {end - begin}"
         )
     if start + end > file_size:
         raise WeightsError(f"{where}: ends at byte {start + end} of a file of {file_size}: truncated?")
@@ -205,14 +205,11 @@ def _check_no_gaps(path: Path, entries: list[TensorEntry], start: int, file_size
     position, before = start, "the header"
     for entry in entries:
         if entry.begin < position:
-            raise WeightsError(f"{path}: tensors {before} and {entry.name!r} overlap at byte {entry.begin}")
+            raise WeightsError(f"{path}: tensors {before} and {brief(entry.name)} overlap at byte {entry.begin}")
         if entry.begin > position:
-            raise WeightsError(f"{path}: {entry.begin - position} unused bytes between {before} and {entry.name!r}")
-        position, before = entry.end, repr(entry.name)
+            raise WeightsError(
+                f"{path}: {entry.begin - position} unused bytes between {before} and {brief(entry.name)}"
+            )
+        position, before = entry.end, brief(entry.name)
     if position != file_size:
         raise WeightsError(f"{path}: {file_size - position} unused bytes after {before}")
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."
