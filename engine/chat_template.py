@@ -106,7 +106,7 @@ class ChatTemplate:
 
     def _ask(self, request: bytes) -> str:
         try:
-            if self._worker is None:
+            if self._worker is None or not self._worker.alive():
                 self._worker = _Worker(self._limits)
                 _check(self._worker.exchange(_to_json(self._sources), _START_SECONDS))
             answer = self._worker.exchange(request, self._limits.seconds)
@@ -141,6 +141,10 @@ class _Worker:
         except OSError as error:
             raise ChatTemplateError(f"cannot start {command[0]!r} to render the chat template: {error}") from error
         self.end = weakref.finalize(self, _end, self._process)
+
+    def alive(self) -> bool:
+        """False once the process has ended, for instance by the system's hand while it waited."""
+        return self._process.poll() is None
 
     def exchange(self, message: bytes, seconds: float) -> dict[str, str]:
         """Send a line, return the answer. After an error the worker is of no further use."""

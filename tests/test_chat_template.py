@@ -259,6 +259,9 @@ def test_close_ends_the_process_and_rendering_starts_another() -> None:
     chat.close()
     assert process.returncode is not None
     assert chat.render([ANSWER]) == "Hello."
+    chat._worker._process.kill()  # as the system might, between renderings
+    chat._worker._process.wait()
+    assert chat.render([ANSWER]) == "Hello."
     process = chat._worker._process
     del chat
     assert process.returncode is not None
