@@ -94,7 +94,7 @@ class Worker:
         del self._runner, self._scheduler  # the model and the cache go, whoever still holds the closed engine
 
     def _left_in_inbox(self) -> set[Request]:
-        left = set()
+        left: set[Request] = set()
         while True:
             try:
                 message = self._inbox.get_nowait()

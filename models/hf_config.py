@@ -14,10 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from engine.config import ModelConfig
 from engine.models.fields import Fields
 from engine.models.rope_config import read_rope
-
-from engine.config import ModelConfig
 
 _MAX_SIZE = 1 << 24  # vocabulary, hidden, FFN, context: float32 counts exactly up to here, no real model is near
 _MAX_LAYERS = 1 << 12

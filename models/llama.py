@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.config import ModelConfig
 from engine.models.fields import Fields
 from engine.models.hf_config import (
     FamilyDefaults,
@@ -11,8 +12,6 @@ from engine.models.hf_config import (
     sliding_window,
     windows_from_layer_types,
 )
-
-from engine.config import ModelConfig
 
 _LLAMA = FamilyDefaults(max_position_embeddings=2048, bos_token_id=1, eos_token_ids=(2,))
 _MISTRAL = FamilyDefaults(max_position_embeddings=131072, num_kv_heads=8, bos_token_id=1, eos_token_ids=(2,))

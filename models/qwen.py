@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.config import ModelConfig
 from engine.models.fields import Fields
 from engine.models.hf_config import (
     FamilyDefaults,
@@ -11,8 +12,6 @@ from engine.models.hf_config import (
     sliding_window,
     windows_from_layer_types,
 )
-
-from engine.config import ModelConfig
 
 _QWEN2 = FamilyDefaults(max_position_embeddings=32768, num_kv_heads=32)
 _QWEN3 = FamilyDefaults(max_position_embeddings=32768, num_kv_heads=32, head_dim=128)

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
+from engine.config import ModelConfig
 from engine.models.fields import Fields
 from engine.models.llama import read_llama, read_mistral
 from engine.models.qwen import read_qwen2, read_qwen3
-
-from engine.config import ModelConfig
 
 Reader = Callable[[Fields], ModelConfig]
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, get_args
 
-from engine.models.fields import Fields
-
 from engine.config import RopeConfig, RopeKind
+from engine.models.fields import Fields
 
 _BIG = 1e30  # larger bases or factors make no frequency that float32 can hold
 _COMMON_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}

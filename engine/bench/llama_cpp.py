@@ -14,7 +14,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from engine.bench.synthetic import write_synthetic
 from engine.cli import say
 
 PREFILL, DECODE = 512, 64
+Ask = Callable[[str, int], float]  # (what, how many tokens) -> seconds
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,22 +61,23 @@ def main(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _peer(options: argparse.Namespace) -> Iterator[tuple]:
+def _peer(options: argparse.Namespace) -> Iterator[tuple[Ask, dict[str, str]]]:
     """A function ask(what, count) -> seconds, answered by the peer's process, and the peer's versions."""
     script = Path(__file__).with_name("llama_cpp_peer.py")
     command = [options.peer_python, str(script), str(options.work / "bf16.gguf"), "--threads", str(options.threads)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
+        requests, answers = process.stdin, process.stdout
+        assert requests is not None and answers is not None
 
         def ask(what: str, count: int) -> float:
-            print(json.dumps({what: count}), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
+            print(json.dumps({what: count}), file=requests, flush=True)
+            return float(json.loads(answers.readline()))
 
-        yield ask, json.loads(process.stdout.readline())
-        process.stdin.close()
+        yield ask, json.loads(answers.readline())
+        requests.close()
 
 
-def _round(llm: LLM, ask) -> dict[str, dict[str, float]]:
+def _round(llm: LLM, ask: Ask) -> dict[str, dict[str, float]]:
     ours_prefill, peer_prefill = PREFILL / _prefill(llm), PREFILL / ask("prefill", PREFILL)
     ours_decode, peer_decode = DECODE / _decode(llm), DECODE / ask("decode", DECODE)
     return {

@@ -65,7 +65,8 @@ def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, NDArray[Any]]]:
     kv_rows = config["num_key_value_heads"] * D
 
     def matrix(N: int, K: int) -> NDArray[Any]:
-        return (rng.standard_normal((N, K), np.float32) * K**-0.5).astype(ml_dtypes.bfloat16)
+        values = rng.standard_normal((N, K), np.float32) * np.float32(K**-0.5)
+        return values.astype(ml_dtypes.bfloat16)
 
     def vector(N: int, value: float) -> NDArray[Any]:
         return np.full(N, value, ml_dtypes.bfloat16)

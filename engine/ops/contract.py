@@ -50,7 +50,8 @@ class KVCache(Protocol):
 
 class Ops(Protocol):
     """The operations of one backend. `out` arrays are written in full and returned; they never overlap inputs, except
-    that `residual` of `linear` may be `out` itself."""
+    that `residual` of `linear` may be `out` itself. A `weight` is what this backend's `pack_weight` returned, a `cache`
+    what its `new_kv_cache` did: no backend takes another's, which is why these parameters carry no type."""
 
     kernel_path: str  # what runs, for the user: "avx512-bf16, 2 threads" | "numpy"
     kv_block_size: int  # tokens per KV block this backend's layout wants
@@ -67,7 +68,7 @@ class Ops(Protocol):
     def linear(
         self,
         x: Array,
-        weight: PackedWeight,
+        weight: Any,
         *,
         out: Array,
         bias: NDArray[np.float32] | None = None,
@@ -98,7 +99,7 @@ class Ops(Protocol):
         qkv: Array,
         rope_table: NDArray[np.float32],
         batch: Batch,
-        cache: KVCache,
+        cache: Any,
         layer: int,
         *,
         q_norm: NDArray[np.float32] | None,
@@ -114,7 +115,7 @@ class Ops(Protocol):
         """
 
     def attention(
-        self, q: Array, batch: Batch, cache: KVCache, layer: int, *, scale: float, window: int | None, out: Array
+        self, q: Array, batch: Batch, cache: Any, layer: int, *, scale: float, window: int | None, out: Array
     ) -> Array:
         """Causal attention of every row over its own sequence's cached tokens (its own included).
 
