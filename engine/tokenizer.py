@@ -157,8 +157,13 @@ class Detokenizer:
         return piece
 
     def finish(self) -> str:
-        """The text held back, once no more tokens will come."""
-        return self._decode(self._window + self._bytes)[self._sent :]
+        """The text held back, once no more tokens will come; nothing when called again."""
+        self._window += self._bytes
+        self._bytes = []
+        text = self._decode(self._window)
+        piece = text[self._sent :]
+        self._sent = len(text)
+        return piece
 
     def _cut(self, unsent: int) -> None:
         """Drop the window's older tokens.

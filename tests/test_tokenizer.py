@@ -166,6 +166,7 @@ def test_a_character_comes_out_whole_and_an_invalid_byte_comes_out() -> None:
     assert detokenizer.push([lead]) == ""
     assert detokenizer.push(tokenizer.encode("a")) == "\ufffda"
     assert detokenizer.push([lead]) + detokenizer.finish() == "\ufffd"
+    assert detokenizer.finish() == ""
 
 
 class Counting(Tokenizer):
