@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from engine.bench import llama_cpp, startup
+from engine.bench import startup, versus_llama_cpp
 from engine.cli import run
 
-_SUBJECTS = {"startup": startup, "llama-cpp": llama_cpp}
+_SUBJECTS = {"startup": startup, "llama-cpp": versus_llama_cpp}
 
 
 def build_parser() -> argparse.ArgumentParser:

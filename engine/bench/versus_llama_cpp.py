@@ -63,7 +63,7 @@ def main(options: argparse.Namespace) -> None:
 @contextmanager
 def _peer(options: argparse.Namespace) -> Iterator[tuple[Ask, dict[str, str]]]:
     """A function ask(what, count) -> seconds, answered by the peer's process, and the peer's versions."""
-    script = Path(__file__).with_name("llama_cpp_peer.py")
+    script = Path(__file__).with_name("versus_llama_cpp_peer.py")
     command = [options.peer_python, str(script), str(options.work / "bf16.gguf"), "--threads", str(options.threads)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         requests, answers = process.stdin, process.stdout
