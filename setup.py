@@ -41,6 +41,7 @@ COMMON_SOURCES = (
     "kernels.cpp",
     "kv_cache.cpp",
     "packed_weight.cpp",
+    "slabs.cpp",
     "thread_pool.cpp",
 )
 KERNEL_SOURCES = ("attention.cpp", "finite.cpp", "linear.cpp", "rope.cpp", "rows.cpp")  # compiled once per instruction set

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <mutex>
 
+#include "slabs.h"
 #include "thread_pool.h"
 
 namespace engine {
@@ -29,6 +30,7 @@ struct Backend {
 
     ThreadPool pool;
     Scratch scratch;
+    Slabs weights;
     const Kernels& kernels;
     std::mutex busy;  // held during an operation: one at a time per backend
 };

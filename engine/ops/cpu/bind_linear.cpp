@@ -38,7 +38,7 @@ BoundWeight pack_weight(Backend& backend, const py::sequence& shards) {
     std::unique_ptr<PackedWeight> packed;
     {
         const Running running(backend);
-        packed = std::make_unique<PackedWeight>(rows, first.columns, first.type, backend.pool);
+        packed = std::make_unique<PackedWeight>(rows, first.columns, first.type, backend.weights, backend.pool);
     }
     return {std::move(packed), std::move(shard_rows)};
 }

@@ -1,16 +1,10 @@
 #include "packed_weight.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
-
-#include <sys/mman.h>
 
 namespace engine {
 namespace {
-
-constexpr size_t kHugePage = size_t{2} << 20;
 
 int64_t padded_k(int64_t K, DType type) { return type == DType::bf16 ? (K + 1) / 2 * 2 : K; }
 
@@ -18,19 +12,8 @@ size_t packed_bytes(int64_t N, int64_t K, DType type) {
     return static_cast<size_t>((N + kTileColumns - 1) / kTileColumns * kTileColumns * padded_k(K, type) * size_of(type));
 }
 
-// Large weights go on huge pages: a GEMV crosses a 4 KB page every few nanoseconds otherwise.
-void* allocate(size_t bytes) {
-    const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
-    void* data = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-    if (!data) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (alignment == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // advice: harmless where refused
-#endif
-    return data;
-}
-
-// Interleaves `num_rows` rows of `count` elements of type Element: out[i][row], 16 rows wide. Blocked, so that a cache
-// line of each row is read and 16 whole lines are written at a time.
+// Interleaves `num_rows` rows of `count` elements: out[i][row], kTileColumns wide. In blocks, so that whole cache lines
+// are read and written.
 template <class Element>
 void interleave(const void* const* rows, int64_t num_rows, int64_t count, Element* out) {
     constexpr int64_t kBlock = 16;
@@ -46,19 +29,17 @@ void interleave(const void* const* rows, int64_t num_rows, int64_t count, Elemen
 
 }  // namespace
 
-PackedWeight::PackedWeight(const std::vector<const void*>& rows, int64_t k, DType t, ThreadPool& pool)
-    : N(static_cast<int64_t>(rows.size())), K(k), type(t), nbytes(packed_bytes(N, K, type)), data_(allocate(nbytes)) {
+PackedWeight::PackedWeight(const std::vector<const void*>& rows, int64_t k, DType t, Slabs& slabs, ThreadPool& pool)
+    : N(static_cast<int64_t>(rows.size())), K(k), type(t), nbytes(packed_bytes(N, K, type)), data_(slabs.allocate(nbytes)) {
     const int64_t tiles = (N + kTileColumns - 1) / kTileColumns;
     const size_t tile_bytes = nbytes / static_cast<size_t>(tiles);
     pool.parallel_for(tiles, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t tile = begin; tile < end; ++tile) {
             const int64_t first = tile * kTileColumns;
-            pack_tile(&rows[first], std::min(kTileColumns, N - first), static_cast<char*>(data_) + tile * tile_bytes);
+            pack_tile(&rows[first], std::min(kTileColumns, N - first), static_cast<char*>(data_.get()) + tile * tile_bytes);
         }
     });
 }
-
-PackedWeight::~PackedWeight() { std::free(data_); }
 
 void PackedWeight::pack_tile(const void* const* rows, int64_t num_rows, void* tile) const {
     if (type == DType::f32) return interleave(rows, num_rows, K, static_cast<uint32_t*>(tile));

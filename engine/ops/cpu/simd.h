@@ -274,6 +274,7 @@ static inline F32x16 mul_add(F32x16 a, F32x16 b, F32x16 c) {
 
 template <class T>
 static inline F32x16 load_n(const T* p, int64_t n) {
+    if (n == kLanes) return load(p);
     T full[kLanes] = {};
     std::memcpy(full, p, static_cast<size_t>(n) * sizeof(T));
     return load(full);
@@ -281,6 +282,7 @@ static inline F32x16 load_n(const T* p, int64_t n) {
 
 template <class T>
 static inline void store_n(T* p, F32x16 a, int64_t n) {
+    if (n == kLanes) return store(p, a);
     T full[kLanes];
     store(full, a);
     std::memcpy(p, full, static_cast<size_t>(n) * sizeof(T));
