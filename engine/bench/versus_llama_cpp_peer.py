@@ -1,9 +1,9 @@
-"""The peer's side of `engine.bench.versus_llama_cpp`: runs in an environment of its own that has llama-cpp-python and gguf.
+"""The peer's side of `engine.bench.versus_llama_cpp`, for an environment of its own with llama-cpp-python and gguf.
 
-Started as `python versus_llama_cpp_peer.py MODEL.gguf --threads N`; makes the file first if it is missing (random weights in
-the Qwen2.5-0.5B shape with a vocabulary of 32,000), then answers one JSON request per line: {"prefill": T} or
-{"decode": count} with the seconds taken. A prefill is one batch of T tokens with the last token's logits, a decode is
-`count` single tokens after a prompt of one. Imports nothing of the engine.
+Started as `python versus_llama_cpp_peer.py MODEL.gguf --threads N`; makes the file first if it is missing (random
+weights in the Qwen2.5-0.5B shape with a vocabulary of 32,000), then answers one JSON request per line: {"prefill": T}
+or {"decode": count} with the seconds taken. A prefill is one batch of T tokens with the last token's logits, a decode
+is `count` single tokens after a prompt of one. Imports nothing of the engine.
 """
 
 from __future__ import annotations
