@@ -508,6 +508,21 @@ def test_a_lone_sequence_may_fill_the_pool() -> None:
     assert len(seq.tokens) == 12 and seq.finish_reason == "length" and seq.num_preemptions == 0
 
 
+def test_after_a_dropped_step_an_older_prefill_may_take_the_whole_budget() -> None:
+    host = Host(64, 4, budget=12)
+    _, sibling = host.add([1] * 20, n=2)
+    (later,) = host.add([2] * 30)
+    for _ in range(4):
+        host.step()
+    host.pool.clear_cache()  # the sibling has all of its prompt to compute
+    dropped = host.schedule()
+    assert dropped is not None and lengths(dropped) == [1, 4, 7] and dropped.chunks[2].sequence is sibling
+    step = host.step()
+    assert lengths(step) == [1, 11] and step.chunks[1].sequence is sibling and later.num_remaining == 4
+    host.drain()
+    host.check_answers()
+
+
 # ---- ends
 
 
