@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent
 SOURCE_DIR = Path("engine/ops/cpu")
 COMMON_SOURCES = (
     "attention_plan.cpp",
-    "backend.cpp",
     "bind_attention.cpp",
     "bind_linear.cpp",
     "bind_rows.cpp",
@@ -41,6 +40,7 @@ COMMON_SOURCES = (
     "kernels.cpp",
     "kv_cache.cpp",
     "packed_weight.cpp",
+    "scratch.cpp",
     "slabs.cpp",
     "thread_pool.cpp",
 )

@@ -7,7 +7,7 @@ The C++ beside it, in reading order:
     kernels.h  kernels.cpp    the table of kernels, compiled once per instruction set; how to add an operation
     features.cpp              what this CPU can run
     thread_pool.*  backend.*  persistent threads, scratch memory: what one CpuOps owns
-    packed_weight.*  slabs.*  weights re-laid in tiles of 32 columns, and the memory they lie in
+    weight_tiles.h  packed_weight.*  slabs.*   weights re-laid in tiles of 32 columns, and the memory they lie in
     linear.cpp  finite.cpp …  the kernels, one operation or family per file
     bindings.*  bind_*.cpp    argument checks and the Python interface
 

@@ -13,9 +13,10 @@
 #include <cstdint>
 
 #include "attention_args.h"
-#include "backend.h"
 #include "dtypes.h"
 #include "row_args.h"
+#include "scratch.h"
+#include "thread_pool.h"
 
 namespace engine {
 
@@ -25,7 +26,7 @@ struct LinearArgs {
     DType x_type;
     int64_t x_stride;
     int64_t T;
-    const void* w;  // tiles, see packed_weight.h
+    const void* w;  // tiles, see weight_tiles.h
     DType w_type;
     int64_t N, K;
     const float* bias;     // or null

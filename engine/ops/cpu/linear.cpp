@@ -1,9 +1,10 @@
 // linear: out [T, N] = x [T, K] · wᵀ + bias + residual, in fp32, rounded once.
 //
 // The work: rows of x are cut into blocks of at most kMaxRows and re-laid as panels, k outermost, so that a step of the
-// micro-kernel finds its rows' elements side by side; weights lie in tiles of 16 columns (packed_weight.h). One call of
-// a micro-kernel multiplies one row block by C neighbouring tiles over the whole of K, with all rows × C accumulators
-// in registers. Threads share out the tiles, so a weight is read from memory once per kChunkRows rows.
+// micro-kernel finds its rows' elements side by side; weights lie in tiles of 32 columns (weight_tiles.h). One call of a
+// micro-kernel multiplies one row block by the C vectors of 16 columns that registers allow, over the whole of K, with
+// all rows × C accumulators in registers. Threads share out the tiles, so a weight is read from memory once per
+// kChunkRows rows.
 //
 // Order: each output element is one lane of one accumulator that starts at 0 and takes k (for bf16 dot products: pairs
 // of k) in ascending order. That depends neither on T and C, nor on the block a row falls into, nor on the thread: a
@@ -13,8 +14,8 @@
 // Everything else converts both sides to fp32, exactly, and uses FMA (portable: multiply, then add).
 
 #include "kernels.h"
-#include "packed_weight.h"
 #include "simd.h"
+#include "weight_tiles.h"
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -191,7 +192,7 @@ void multiply_chunk(const LinearArgs& a, int64_t first_row, int64_t num_rows, Th
     static constexpr MicroKernels<Format> micro = micro_kernels<Format>();
     const RowBlocks blocks(num_rows);
     const int64_t steps = ceil_div(a.K, Format::kStepK), row_xs = steps * Format::kXPerStep;
-    const int64_t tile_bytes = steps * kTileVectors * Format::kVectorBytes, tiles = ceil_div(a.N, kTileColumns);
+    const int64_t tiles = num_tiles(a.N), bytes = tile_bytes(a.K, a.w_type);
     X* panels = static_cast<X*>(scratch.reserve(static_cast<size_t>(num_rows * row_xs) * sizeof(X)));
 
     pool.parallel_for(blocks.count, 1, [&](int64_t begin, int64_t end, int) {
@@ -205,7 +206,7 @@ void multiply_chunk(const LinearArgs& a, int64_t first_row, int64_t num_rows, Th
     const auto multiply_block = [&](int64_t tile, int64_t row, int64_t rows) {
         alignas(64) float sums[kMaxSums];
         const int vectors = vectors_at_once(static_cast<int>(rows)), width = vectors * kLanes;
-        const char* w = static_cast<const char*>(a.w) + tile * tile_bytes;
+        const char* w = static_cast<const char*>(a.w) + tile * bytes;
         const int64_t stop = min_of((tile + 1) * kTileColumns, a.N);
         for (int64_t column = tile * kTileColumns; column < stop; column += width, w += vectors * Format::kVectorBytes) {
             micro.of[rows](panels + row * row_xs, w, steps, sums);

@@ -6,12 +6,6 @@
 namespace engine {
 namespace {
 
-int64_t padded_k(int64_t K, DType type) { return type == DType::bf16 ? (K + 1) / 2 * 2 : K; }
-
-size_t packed_bytes(int64_t N, int64_t K, DType type) {
-    return static_cast<size_t>((N + kTileColumns - 1) / kTileColumns * kTileColumns * padded_k(K, type) * size_of(type));
-}
-
 // Interleaves `num_rows` rows of `count` elements: out[i][row], kTileColumns wide. In blocks, so that whole cache lines
 // are read and written.
 template <class Element>
@@ -30,13 +24,12 @@ void interleave(const void* const* rows, int64_t num_rows, int64_t count, Elemen
 }  // namespace
 
 PackedWeight::PackedWeight(const std::vector<const void*>& rows, int64_t k, DType t, Slabs& slabs, ThreadPool& pool)
-    : N(static_cast<int64_t>(rows.size())), K(k), type(t), nbytes(packed_bytes(N, K, type)), data_(slabs.allocate(nbytes)) {
-    const int64_t tiles = (N + kTileColumns - 1) / kTileColumns;
-    const size_t tile_bytes = nbytes / static_cast<size_t>(tiles);
-    pool.parallel_for(tiles, 1, [&](int64_t begin, int64_t end, int) {
+    : N(static_cast<int64_t>(rows.size())), K(k), type(t), nbytes(static_cast<size_t>(num_tiles(N) * tile_bytes(K, type))), data_(slabs.allocate(nbytes)) {
+    pool.parallel_for(num_tiles(N), 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t tile = begin; tile < end; ++tile) {
             const int64_t first = tile * kTileColumns;
-            pack_tile(&rows[first], std::min(kTileColumns, N - first), static_cast<char*>(data_.get()) + tile * tile_bytes);
+            char* out = static_cast<char*>(data_.get()) + tile * tile_bytes(K, type);
+            pack_tile(&rows[first], std::min(kTileColumns, N - first), out);
         }
     });
 }

@@ -1,23 +1,15 @@
-// A weight [N, K] re-laid for `linear`: tiles of 32 output columns, each one stream through memory.
-//
-//   f32, f16:  [ceil(N / 32)] [K] [32]                 element k of 32 neighbouring rows n, side by side
-//   bf16:      [ceil(N / 32)] [ceil(K / 2)] [32] [2]   two k per row together, as the bf16 dot product reads them
-//
-// Values are copied bit for bit. Rows beyond N and, for bf16, the k beyond an odd K are zero.
+// A weight, re-laid once when the model is loaded.
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <memory>
 #include <vector>
 
-#include "dtypes.h"
 #include "slabs.h"
 #include "thread_pool.h"
+#include "weight_tiles.h"
 
 namespace engine {
-
-constexpr int64_t kTileColumns = 32;
 
 class PackedWeight {
 public:

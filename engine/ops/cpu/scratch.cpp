@@ -1,4 +1,4 @@
-#include "backend.h"
+#include "scratch.h"
 
 #include <cstdlib>
 #include <new>
