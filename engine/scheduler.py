@@ -248,9 +248,13 @@ class Scheduler:
         assert not any(seq.block_table for seq in self.waiting), "a waiting sequence holds blocks"
         by_request = {seq for siblings in self._requests.values() for seq in siblings}
         assert by_request == {*self.running, *self.waiting}, "a sequence is lost"
+        assert all(self._requests.values()), "a finished request is still listed"
         size = self.pool.block_size
         for seq in self.running:
-            assert seq.num_computed <= len(seq.block_table) * size, "computed tokens without a block"
+            num_needed = self.pool.num_blocks_for(len(seq.tokens))
+            assert self.pool.num_blocks_for(seq.num_computed) <= len(seq.block_table) <= num_needed, (
+                "wrong table length"
+            )
             assert seq.num_registered == seq.num_computed // size, "full blocks are not registered"
             for block in seq.block_table[seq.num_registered :]:
                 private = self.pool.num_references(block) == 1 and not self.pool.is_indexed(block)
