@@ -22,7 +22,7 @@ int64_t choose_rows(const AttentionBatch& batch, int64_t G, int64_t KVH, int thr
     int64_t rows = kItemRows;
     while (rows > kFewRows && count_items(batch, G, KVH, rows) < kItemsPerThread * threads) rows /= 2;
     while (rows > 1 && count_items(batch, G, KVH, rows) < threads) rows /= 2;
-    return rows;
+    return rows > G ? rows / G * G : rows;  // whole tokens
 }
 
 }  // namespace
@@ -33,9 +33,9 @@ std::vector<AttentionItem> plan_attention(const AttentionBatch& batch, int64_t H
     items.reserve(static_cast<size_t>(count_items(batch, G, KVH, rows)));
     for (int64_t s = 0; s < batch.S; ++s) {
         const int64_t first = batch.query_start[s], total = (batch.query_start[s + 1] - first) * G;
-        const int64_t parts = ceil_div(total, rows), before = batch.context_lens[s] - total / G;
-        for (int64_t part = 0; part < parts; ++part) {
-            const int64_t begin = total * part / parts, end = total * (part + 1) / parts;
+        const int64_t before = batch.context_lens[s] - total / G;
+        for (int64_t begin = 0; begin < total; begin += rows) {
+            const int64_t end = std::min(begin + rows, total);
             const int64_t work = (end - begin) * (before + ceil_div(end, G));  // windows make it less, for all alike
             for (int64_t head = 0; head < KVH; ++head)
                 items.push_back({first, batch.block_tables + s * batch.width, work, static_cast<int32_t>(head),

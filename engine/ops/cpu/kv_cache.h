@@ -1,11 +1,12 @@
 // The paged KV cache as this backend lays it out: blocks of 16 tokens, in each a tile per KV head.
 //
-//   [layers] [blocks] [KVH] { K tile, V tile }
+//   [layers] [KVH] [blocks] { K tile, V tile }
 //   K tile, f32 and f16:  [D] [16]          element d of 16 tokens side by side: scores of 16 tokens are 16 lanes
 //   K tile, bf16:         [D / 2] [16] [2]  two d per token together, as the bf16 dot product reads them
 //   V tile:               [16] [DV]         DV = D rounded up to 16 lanes, the rest zero; the output's D are the lanes
 //
-// K and V of one (block, head) are neighbours: for 16-bit types and D = 64 they are one page of memory.
+// A head's blocks lie one after the other, K and V together (a page of memory for 16-bit types and D = 64): a sequence
+// that owns neighbouring blocks, as most do, is one stream to the processor's prefetcher.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +23,7 @@ constexpr int64_t kMaxHeadDim = 256;
 struct KVLayer {
     char* data;
     DType type;
-    int64_t KVH, D;
+    int64_t num_blocks, KVH, D;
 };
 
 static inline int64_t value_stride(int64_t D) { return (D + 15) / 16 * 16; }  // DV, elements
@@ -31,7 +32,7 @@ static inline int64_t tile_pair_bytes(const KVLayer& kv) {
     return k_tile_bytes(kv) + kBlockTokens * value_stride(kv.D) * size_of(kv.type);
 }
 static inline char* k_tile(const KVLayer& kv, int64_t block, int64_t head) {
-    return kv.data + (block * kv.KVH + head) * tile_pair_bytes(kv);
+    return kv.data + (head * kv.num_blocks + block) * tile_pair_bytes(kv);
 }
 static inline char* v_tile(const KVLayer& kv, int64_t block, int64_t head) {
     return k_tile(kv, block, head) + k_tile_bytes(kv);
