@@ -1,12 +1,14 @@
 """What every command line shares: the options that choose and run a model, and how errors reach the user.
 
-An engine error becomes one line on stderr and exit status 1 (2 for unusable options, as argparse does, 130 after
-Ctrl-C); a traceback appears under `-v` only. stdout carries results alone, so that it can be piped.
+An error becomes one line on stderr and exit status 1 (2 for unusable options, as argparse does, 130 after Ctrl-C); a
+traceback appears under `-v` only. Errors are the engine's own and the system's (a full disk, no memory); any other
+exception is a bug and stays one. stdout carries results alone, so that it can be piped.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -57,18 +59,27 @@ def say(text: str) -> None:
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> int:
     """Parse, run, and turn what goes wrong into a line and an exit status."""
     options = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
         main(options)
         sys.stdout.flush()
-    except EngineError as error:
-        if options.verbose:
-            traceback.print_exc()
-        say(f"error: {error}")
-        return 1
     except KeyboardInterrupt:
         say("interrupted")
         return 130
     except BrokenPipeError:  # the reader of our stdout has left, which is its right
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 0
+    except (EngineError, OSError, MemoryError) as error:
+        if options.verbose:
+            traceback.print_exc()
+        say(f"error: {' '.join(str(error).split()) or 'out of memory'}")
+        if isinstance(error, OSError):
+            _drop_stdout()
+        return 1
     return 0
+
+
+def _drop_stdout() -> None:
+    """What is still buffered can never be written; without this Python tries, and complains, as it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

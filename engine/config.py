@@ -8,7 +8,10 @@ run-time state (what fits in memory, which kernels run) lives elsewhere; nothing
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
+
+from engine.errors import InvalidArgument
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
@@ -67,14 +70,36 @@ class ModelConfig:
 
 @dataclass(frozen=True)  # no slots: `LLM` takes its defaults from the class's attributes
 class EngineConfig:
-    """How the engine runs a model. None means "choose, and report under verbose"."""
+    """How the engine runs a model. None means "choose, and report under verbose".
 
-    device: str = "auto"  # "auto" | "cpu"
+    Raises InvalidArgument for values of the wrong type or below the least; names are checked by those who know them.
+    """
+
+    device: str = "auto"  # "auto" | "cpu" | "numpy" | "cuda"
     dtype: str = "auto"  # activations: "auto" | "bfloat16" | "float16" | "float32"
     max_model_len: int | None = None  # tokens per sequence, prompt and answer together
     max_num_seqs: int = 64  # sequences running at once
     max_num_batched_tokens: int = 512  # tokens per step; longer prefills are cut into chunks
-    block_size: int = 16  # KV-cache block, tokens
     kv_cache_bytes: int | None = None  # memory for the KV cache
     enable_prefix_caching: bool = True
     threads: int | None = None  # CPU threads; None = physical cores available to this process
+
+    def __post_init__(self) -> None:
+        for name, least, optional in _COUNTS:
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+                raise InvalidArgument(f"{name} must be a whole number from {least} up, not {value!r}")
+        for name in ("device", "dtype"):
+            if not isinstance(getattr(self, name), str):
+                raise InvalidArgument(f"{name} must be text, not {getattr(self, name)!r}")
+
+
+_COUNTS = (  # name, least, whether None is allowed
+    ("max_model_len", 2, True),  # a token of prompt and one of answer
+    ("max_num_seqs", 1, False),
+    ("max_num_batched_tokens", 1, False),
+    ("kv_cache_bytes", 1, True),
+    ("threads", 1, True),
+)

@@ -6,9 +6,10 @@ Nothing here computes beyond validating itself; nothing here imports more than t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ class SamplingParams:
     Raises RequestError for values out of range.
     """
 
-    n: int = 1
+    n: int = 1  # answers, at most 1024
     temperature: float | None = None  # >= 0; 0 = greedy; neutral 1
     top_p: float | None = None  # (0, 1]
     top_k: int | None = None  # 0 or -1 = off
@@ -52,22 +53,22 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        """Check every value; collections are copied, so that nobody can change them later."""
         for name, low, high, low_open in _RANGES:
             _check_range(name, getattr(self, name), low, high, low_open)
-        for name, low in _INTEGERS:
-            _check_integer(name, getattr(self, name), low)
+        for name, least, most in _INTEGERS:
+            _check_integer(name, getattr(self, name), least, most)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} is larger than max_tokens {self.max_tokens}")
-        if any(not isinstance(text, str) or not text for text in self.stop or ()):
-            raise RequestError("stop strings must be non-empty text")
-        for token in self.stop_token_ids or ():
-            _check_integer("stop_token_ids", token, 0)
-        for token, bias in (self.logit_bias or {}).items():
-            _check_integer("logit_bias token", token, 0)
-            _check_range("logit_bias", bias, -100.0, 100.0, False)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos must be True or False, not {_shown(self.ignore_eos)}")
+        self._keep("stop", _checked_stops(self.stop))
+        self._keep("stop_token_ids", _checked_ids("stop_token_ids", self.stop_token_ids))
+        if self.logit_bias is not None:
+            self._keep("logit_bias", _checked_bias(self.logit_bias))
+
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the one way to set a field of a frozen dataclass
 
     def with_defaults(self, defaults: Mapping[str, float | int]) -> SamplingParams:
         """Fill fields that are None from `defaults` (generation_config.json); explicit values win."""
@@ -85,14 +86,14 @@ _RANGES: tuple[tuple[str, float, float, bool], ...] = (  # name, low, high, low 
     ("presence_penalty", -2.0, 2.0, False),
     ("frequency_penalty", -2.0, 2.0, False),
 )
-_INTEGERS: tuple[tuple[str, int], ...] = (
-    ("n", 1),
-    ("top_k", -1),
-    ("max_tokens", 1),
-    ("min_tokens", 0),
-    ("logprobs", 0),
-    ("prompt_logprobs", 0),
-    ("seed", 0),
+_INTEGERS: tuple[tuple[str, int, int | None], ...] = (  # name, least, most
+    ("n", 1, 1024),  # each answer has state of its own: millions would fill the memory before the first token
+    ("top_k", -1, None),
+    ("max_tokens", 1, None),
+    ("min_tokens", 0, None),
+    ("logprobs", 0, None),
+    ("prompt_logprobs", 0, None),
+    ("seed", 0, None),  # the sampler knows the most
 )
 
 
@@ -100,20 +101,73 @@ def _check_range(name: str, value: object, low: float, high: float, low_open: bo
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise RequestError(f"{name} must be a number, not {value!r}")
-    number = float(value)
-    inside = (number > low if low_open else number >= low) and number <= high and math.isfinite(number)
-    if not inside:
-        raise RequestError(f"{name} must be in {'(' if low_open else '['}{low:g}, {high:g}], not {value!r}")
+        raise RequestError(f"{name} must be a number, not {_shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond any float
+        number = _INF
+    above = number > low if low_open else number >= low
+    if not (above and number <= high and number < _INF):
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high == _INF else ']'}"
+        raise RequestError(f"{name} must be in {interval}, not {_shown(value)}")
 
 
-def _check_integer(name: str, value: object, low: int) -> None:
+def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise RequestError(f"{name} must be a whole number, not {value!r}")
-    if value < low:
-        raise RequestError(f"{name} must be at least {low}, not {value}")
+        raise RequestError(f"{name} must be a whole number, not {_shown(value)}")
+    if value < least:
+        raise RequestError(f"{name} must be at least {least}, not {_shown(value)}")
+    if most is not None and value > most:
+        raise RequestError(f"{name} must be at most {most}, not {_shown(value)}")
+
+
+def _checked_stops(stop: Any) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else _items("stop", stop)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise RequestError(f"stop strings must be non-empty text, not {_shown(text)}")
+    return texts
+
+
+def _checked_ids(name: str, ids: Any) -> tuple[int, ...]:
+    tokens = _items(name, ids)
+    for token in tokens:
+        _check_token(name, token)
+    return tokens
+
+
+def _checked_bias(bias: Any) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise RequestError(f"logit_bias must map token ids to numbers, not be {_shown(bias)}")
+    for token, value in bias.items():
+        _check_token("logit_bias", token)
+        if value is None:
+            raise RequestError(f"logit_bias of token {token} must be a number, not None")
+        _check_range(f"logit_bias of token {token}", value, -100.0, 100.0, False)
+    return dict(bias)
+
+
+def _check_token(name: str, token: object) -> None:
+    if token is None:
+        raise RequestError(f"{name} must hold token ids, not None")
+    _check_integer(f"a token id in {name}", token, 0)
+
+
+def _items(name: str, values: Any) -> tuple[Any, ...]:
+    if values is None:
+        return ()
+    if not isinstance(values, Iterable):
+        raise RequestError(f"{name} must be a list, not {_shown(values)}")
+    return tuple(values)
+
+
+def _shown(value: object) -> str:
+    """What a caller passed, for a message: short whatever it is, and never an error itself."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a whole number of {value.bit_length()} bits"
+    return reprlib.repr(value)
 
 
 @dataclass(slots=True)
@@ -136,6 +190,8 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None  # first entry None
     outputs: list[CompletionOutput] = field(default_factory=list)
     num_cached_tokens: int = 0  # prompt tokens served from the prefix cache
+    seconds_to_first_token: float | None = None  # since submission; None where no token came
+    seconds: float = 0.0  # from submission to the end
 
 
 @dataclass(frozen=True, slots=True)

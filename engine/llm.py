@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
 from types import TracebackType
@@ -20,16 +21,24 @@ from engine.blocks import BlockPool
 from engine.chat_template import ChatTemplate
 from engine.config import EngineConfig
 from engine.core import RequestOutput, SamplingParams, StreamPiece
-from engine.errors import ChatTemplateError, ConfigError, InvalidArgument, RequestError
+from engine.errors import (
+    CapacityError,
+    ChatTemplateError,
+    ConfigError,
+    EngineError,
+    InvalidArgument,
+    RequestError,
+)
 from engine.generation_defaults import GenerationDefaults
 from engine.json_file import read_json
+from engine.memory import available_memory
 from engine.models.registry import read_config
 from engine.ops.backends import select_backend
 from engine.progress import progress_bar
 from engine.request import Request
-from engine.runner import ModelRunner, activation_dtype, load_model, plan_cache
+from engine.runner import ModelRunner, activation_dtype, load_model, plan_cache, sequence_length
 from engine.sampler import check_against_vocab, resolve_seed
-from engine.scheduler import Scheduler
+from engine.scheduler import Scheduler, check_prompt_length
 from engine.tokenizer import Tokenizer
 from engine.weights.locate import locate
 from engine.worker import Worker
@@ -75,8 +84,10 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             threads=threads,
         )
+        if not isinstance(model, (str, PathLike)):
+            raise InvalidArgument(f"model must be a name or a directory, not {model!r}")
         ops = select_backend(engine.device, engine.threads)
-        location = locate(fspath(model), revision=revision, progress=progress)
+        location = locate(str(fspath(model)), revision=revision, progress=progress)
         path = Path(location.path)
         self.config = read_config(read_json(path / "config.json", ConfigError), path)
         self.tokenizer = Tokenizer.from_directory(path)
@@ -84,6 +95,7 @@ class LLM:
             path, model_eos=self.config.eos_token_ids, tokenizer_eos=self.tokenizer.eos_token_id
         )
         self._dtype = activation_dtype(engine.dtype, self.config.dtype)
+        sequence_length(self.config, engine)  # refused before gigabytes are read, not after
         with progress_bar("loading", shown=progress) as update:
             loaded = load_model(self.config, path, ops, self._dtype, progress=update)
         self._plan = plan_cache(self.config, engine, ops.kv_block_size, self._dtype.itemsize)
@@ -95,10 +107,12 @@ class LLM:
             max_model_len=self._plan.max_model_len,
         )
         runner = ModelRunner(loaded, ops, self._plan, self._dtype)
-        self._worker = Worker(runner, scheduler, self.tokenizer, eos_token_ids=defaults.stop_token_ids)
-        self._close = weakref.finalize(self, self._worker.close)
+        # Some checkpoints name tokens beyond their vocabulary, which no answer can contain.
+        eos_token_ids = [token for token in defaults.stop_token_ids if token < self.config.vocab_size]
+        self._worker = Worker(runner, scheduler, self.tokenizer, eos_token_ids=eos_token_ids)
+        self._stop_worker = weakref.finalize(self, self._worker.close)
         self._path = path
-        self._template: ChatTemplate | None = None
+        self._note = location.note
         self.name = location.name
         self.kernel_path = ops.kernel_path
         self.device = "cpu"
@@ -113,12 +127,13 @@ class LLM:
         """Complete one prompt or several (text or token ids) together; results in the order of the prompts.
 
         params: one for all, or one per prompt. Never applies a chat template. Raises RequestError for a request that
-        can never be served, NumericalError when the model computes NaN; the other prompts are then cancelled.
+        can never be served, NumericalError when the model computes NaN, EngineClosed; what runs of the other prompts is
+        then cancelled.
         """
         several = _as_prompts(prompts)
-        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(several)
+        each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(several)
         if len(each) != len(several):
-            raise InvalidArgument(f"{len(several)} prompts got {len(each)} sampling parameters; give one, or as many")
+            raise RequestError(f"{len(several)} prompts got {len(each)} sampling parameters; give one, or as many")
         streams: list[TextStream] = []
         try:
             for prompt, own in zip(several, each, strict=True):
@@ -129,11 +144,12 @@ class LLM:
                 stream.close()
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TextStream:
-        """Start one request and return its pieces as an iterator; closing the iterator early cancels the request."""
-        text, ids = (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, self._check_ids(prompt))
-        request = self._new_request(text, ids, params or SamplingParams())
-        self._worker.submit(request)
-        return TextStream(self._worker, request)
+        """Start one request and return its pieces as an iterator; closing the iterator early cancels the request.
+
+        Raises as `generate` does: RequestError and EngineClosed here, the others while reading.
+        """
+        text, ids = (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, prompt)
+        return self._submit(self._new_request(text, ids, SamplingParams() if params is None else params))
 
     def chat(
         self,
@@ -143,21 +159,23 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **template_arguments: Any,
     ) -> list[RequestOutput]:
-        """Answer a conversation [{"role": …, "content": …}, …]; template_arguments reach the template's variables.
+        """Answer a conversation [{"role": …, "content": …}, …]: one output, as from `generate`.
 
-        Raises ChatTemplateError for a model without a template, or where the template refuses the messages.
+        template_arguments reach the template's variables. Raises as `generate` does, and ChatTemplateError for a model
+        without a template, or where the template refuses the messages.
         """
         return self.generate([self.encode_chat(messages, tools=tools, **template_arguments)], params)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Raw logits float32 [T, V] after each of T tokens."""
-        ids = self._check_ids(token_ids)
-        request = self._new_request(None, ids, SamplingParams(prompt_logprobs=0))
-        request.prompt_logits = np.empty((len(ids), self.config.vocab_size), np.float32)
-        self._worker.submit(request)
-        with TextStream(self._worker, request) as stream:
+        """Raw logits float32 [T, V] after each of T tokens, T up to max_model_len.
+
+        Raises RequestError, NumericalError where any is NaN or infinite, CapacityError where memory does not suffice.
+        """
+        request = self._new_request(None, token_ids, SamplingParams(prompt_logprobs=0), only_scored=True)
+        request.prompt_logits = logits = _new_logits(len(request.prompt_token_ids), self.config.vocab_size)
+        with self._submit(request) as stream:
             stream.result()
-        return request.prompt_logits
+        return logits
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens the model's tokenizer puts around a prompt."""
@@ -167,20 +185,22 @@ class LLM:
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, **arguments: Any
     ) -> list[int]:
         """Token ids of a conversation put through the chat template, ready for the assistant's turn."""
-        template = self._chat_template()
-        if template is None:
+        if self._template is None:
             raise ChatTemplateError(f"{self.name} has no chat template; give it a plain prompt instead")
-        return self.tokenizer.encode(template.render(messages, tools=tools, **arguments), add_special_tokens=False)
+        text = self._template.render(messages, tools=tools, **arguments)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     @property
     def has_chat_template(self) -> bool:
-        return self._chat_template() is not None
+        """Raises ChatTemplateError for one that is malformed."""
+        return self._template is not None
 
     def describe(self) -> str:
         """What was chosen: model, types, kernels, cache."""
         config = self.config
+        note = f"{self._note}\n" if self._note else ""
         return (
-            f"{self.name}: {config.architecture}, {config.num_layers} layers, hidden {config.hidden_size}, "
+            f"{note}{self.name}: {config.architecture}, {config.num_layers} layers, hidden {config.hidden_size}, "
             f"vocabulary {config.vocab_size}\n"
             f"device {self.device} ({self.kernel_path}), weights {config.dtype}, activations {self._dtype}\n"
             f"{self._plan}"
@@ -188,7 +208,10 @@ class LLM:
 
     def close(self) -> None:
         """Stop the worker and free everything; unfinished requests end with EngineClosed. Idempotent."""
-        self._close()
+        self._stop_worker()
+        template = vars(self).get("_template")  # None where none was asked for, too
+        if template is not None:
+            template.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -198,56 +221,64 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _chat_template(self) -> ChatTemplate | None:
-        if self._template is None:
-            self._template = ChatTemplate.from_directory(self._path)
-        return self._template
+    @cached_property
+    def _template(self) -> ChatTemplate | None:
+        return ChatTemplate.from_directory(self._path)
 
-    def _new_request(self, text: str | None, ids: list[int], params: SamplingParams) -> Request:
+    def _new_request(
+        self, text: str | None, token_ids: Sequence[int], params: SamplingParams, *, only_scored: bool = False
+    ) -> Request:
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
         params = params.with_defaults(self.sampling_defaults)
         check_against_vocab(params, self.config.vocab_size)
+        ids = _checked_ids(token_ids, self.config.vocab_size)
+        check_prompt_length(len(ids), self.max_model_len, only_scored=only_scored)
         return Request(text, ids, params, resolve_seed(params))
 
-    def _check_ids(self, ids: Sequence[int]) -> list[int]:
-        V = self.config.vocab_size
-        for position, token in enumerate(ids):
-            if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
-                raise RequestError(f"a prompt is text or a list of token ids, not {type(token).__name__} at {position}")
-            if not 0 <= token < V:
-                raise RequestError(f"prompt token {token} at position {position} is outside the vocabulary [0, {V})")
-        return [int(token) for token in ids]
+    def _submit(self, request: Request) -> TextStream:
+        stream = TextStream(self, self._worker, request)  # before it runs: an interrupt in between cancels it
+        self._worker.submit(request)
+        return stream
 
 
 class TextStream(Iterator[StreamPiece]):
-    """The pieces of one running request. Leaving it before its end (close, with, garbage collection) cancels it."""
+    """The pieces of one running request. Leaving it before its end (close, with, garbage collection) cancels it.
 
-    def __init__(self, worker: Worker, request: Request) -> None:
+    With n > 1 the answers' pieces come interleaved; `StreamPiece.index` tells them apart. It keeps its LLM open.
+    """
+
+    def __init__(self, llm: LLM, worker: Worker, request: Request) -> None:
+        self._llm = llm  # which would close itself once nobody else holds it
         self._worker = worker
         self._request = request
-        self._result: RequestOutput | None = None
         self._ended = False
 
     def __next__(self) -> StreamPiece:
         if self._ended:
             raise StopIteration
-        event = self._request.channel.get()
+        try:
+            event = self._request.next_event()
+        except EngineError:
+            self._ended = True
+            raise
         if isinstance(event, StreamPiece):
             return event
         self._ended = True
-        if isinstance(event, BaseException):
-            raise event
-        self._result = event
         raise StopIteration
 
     def result(self) -> RequestOutput:
-        """Read to the end; the finished request."""
-        for _ in self:
+        """Wait for the end; the finished request, or of a cancelled one what there is (finish reason "abort").
+
+        Raises the error that ended the request.
+        """
+        while isinstance(event := self._request.next_event(), StreamPiece):
             pass
-        assert self._result is not None, "the stream was closed or failed before"
-        return self._result
+        self._ended = True
+        return event
 
     def close(self) -> None:
-        """Cancel the request unless it has ended."""
+        """Cancel the request unless it has ended. A thread that waits for the next piece finds the end."""
         if not self._ended:
             self._ended = True
             self._worker.cancel(self._request)
@@ -268,6 +299,33 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts: a text or a list of token ids is one."""
     if isinstance(prompts, str):
         return [prompts]
-    if len(prompts) > 0 and all(isinstance(item, (int, np.integer)) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    items: list[Any] = _items(prompts, "prompts are text, token ids or a list of these")
+    return [items] if items and isinstance(items[0], (int, np.integer)) else items
+
+
+def _checked_ids(ids: Any, V: int) -> list[int]:
+    """Token ids in [0, V), whether from a caller or from a tokenizer that knows more tokens than the model."""
+    items = _items(ids, "a prompt is text or a list of token ids")
+    for position, token in enumerate(items):
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+            raise RequestError(f"a prompt is text or a list of token ids, not {type(token).__name__} at {position}")
+        if not 0 <= token < V:
+            raise RequestError(f"prompt token {token} at position {position} is outside the vocabulary [0, {V})")
+    return [int(token) for token in items]
+
+
+def _items(values: Any, what: str) -> list[Any]:
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes, bytearray, memoryview)):
+        raise RequestError(f"{what}, not {type(values).__name__}")
+    return list(values)
+
+
+def _new_logits(T: int, V: int) -> NDArray[np.float32]:
+    needed, available = 4 * T * V, available_memory()
+    if needed > available:
+        raise CapacityError(
+            f"logits of {T} tokens over a vocabulary of {V} take {needed / 2**30:.1f} GiB and {available / 2**30:.1f} "
+            "GiB of memory are available; ask for fewer tokens, or for prompt_logprobs"
+        )
+    return np.empty((T, V), np.float32)

@@ -6,6 +6,7 @@ it is certain: whole characters, and nothing that might turn out to be the begin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -15,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.core import CompletionOutput, Logprob, RequestOutput, SamplingParams, StreamPiece
+from engine.errors import EngineError
 from engine.sampler import SampledToken, SamplerState
 from engine.sequence import Sequence
 from engine.stop_strings import StopStrings
 from engine.tokenizer import Detokenizer, Tokenizer
 
-Event: TypeAlias = StreamPiece | RequestOutput | BaseException  # the last two end the channel
+Event: TypeAlias = StreamPiece | RequestOutput | EngineError  # the last two end the channel
 
 
 class Answer:
@@ -77,7 +79,7 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A submitted request; `channel` ends with a RequestOutput or the exception that ended it.
+    """A submitted request; `channel` ends with a RequestOutput or the error that ended it.
 
     A request for logits has no answers: its one sequence is run over the prompt and `prompt_logits` is filled.
     """
@@ -92,12 +94,37 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     num_unfinished: int = 0  # sequences; kept by the worker
+    submitted: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None  # when it came, as `submitted`
+
+    def next_event(self) -> StreamPiece | RequestOutput:
+        """Wait for what comes next. The end stays where it is, so that every reader comes to it.
+
+        Raises the error that ended the request.
+        """
+        event = self.channel.get()
+        if isinstance(event, StreamPiece):
+            return event
+        self.channel.put(event)
+        if isinstance(event, EngineError):
+            raise fresh(event)
+        return event
 
     def result(self) -> RequestOutput:
+        """What there is of the answers so far. Called by the worker."""
         return RequestOutput(
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             prompt_logprobs=self.prompt_logprobs,
             outputs=[answer.output() for answer in self.answers],
             num_cached_tokens=self.num_cached_tokens,
+            seconds_to_first_token=None if self.first_token is None else self.first_token - self.submitted,
+            seconds=time.perf_counter() - self.submitted,
         )
+
+
+def fresh(error: EngineError) -> EngineError:
+    """The same error again, to raise: an exception that is kept would collect every frame it is raised through."""
+    again = type(error)(*error.args)
+    again.__cause__ = error.__cause__
+    return again

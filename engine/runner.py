@@ -44,6 +44,17 @@ def activation_dtype(name: str, stored: str) -> np.dtype[Any]:
     return DTYPES[stored if name == "auto" else name]
 
 
+def sequence_length(model: ModelConfig, engine: EngineConfig) -> int:
+    """The longest sequence asked for, in tokens: max_model_len or the model's own context length.
+
+    Raises InvalidArgument for more than the model's.
+    """
+    limit = model.max_position_embeddings
+    if engine.max_model_len is not None and engine.max_model_len > limit:
+        raise InvalidArgument(f"max_model_len {engine.max_model_len} is beyond the model's context length, {limit}")
+    return engine.max_model_len or limit
+
+
 def load_model(
     config: ModelConfig,
     directory: Path,
@@ -59,7 +70,6 @@ def load_model(
     method = AsStored(ops, workspace)
     model = Decoder(config, Context(ops, workspace, dtype), method=method, head_method=method)
     parameters = {parameter.name: parameter for parameter in model.parameters()}
-    checkpoint = Checkpoint(directory)
 
     def consume(name: str, array: Array) -> None:
         if not ops.all_finite(array):
@@ -68,7 +78,8 @@ def load_model(
             checkpoint.release(used)
 
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    fill(shapes, checkpoint, consume, ignore=model.redundant_tensors, ties=model.tied_tensors, progress=progress)
+    with Checkpoint(directory) as checkpoint:  # what the model keeps mapped stays valid
+        fill(shapes, checkpoint, consume, ignore=model.redundant_tensors, ties=model.tied_tensors, progress=progress)
     return model
 
 
@@ -89,39 +100,42 @@ class CachePlan:
 def plan_cache(model: ModelConfig, engine: EngineConfig, block_size: int, itemsize: int) -> CachePlan:
     """Size the cache from the memory available now, capped by what max_num_seqs sequences of full length need.
 
-    Raises InvalidArgument for a length beyond the model's, CapacityError where the wanted length cannot fit.
+    Raises InvalidArgument as `sequence_length` does, CapacityError where a max_model_len that was asked for, or any
+    sequence at all, cannot fit.
     """
-    limit = model.max_position_embeddings
-    if engine.max_model_len is not None and not 1 <= engine.max_model_len <= limit:
-        raise InvalidArgument(f"max_model_len {engine.max_model_len} is not in 1 … {limit}, the model's context length")
-    length = engine.max_model_len or limit
+    length = sequence_length(model, engine)
     block_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * block_size * itemsize
     budget = engine.kv_cache_bytes
     if budget is None:
         budget = int(available_memory() * _KV_SHARE)
     num_blocks = min(engine.max_num_seqs * -(-length // block_size), budget // block_bytes)
-    fitting = min(limit, num_blocks * block_size)
-    if fitting < 1 or (engine.max_model_len is not None and fitting < length):
+    fitting = num_blocks * block_size
+    if fitting < (2 if engine.max_model_len is None else length):
         raise CapacityError(
-            f"a KV cache of {budget / 2**20:.0f} MiB holds {fitting} tokens, fewer than the wanted {length}; "
+            f"a KV cache of {budget / 2**20:.1f} MiB holds {fitting} tokens, fewer than the wanted {length}; "
             f"lower max_model_len or raise kv_cache_bytes ({block_bytes} bytes per {block_size} tokens)"
         )
     return CachePlan(num_blocks, block_size, num_blocks * block_bytes, min(length, fitting))
 
 
 class ModelRunner:
-    """Runs batches through a loaded model. Not thread-safe: one step at a time."""
+    """Runs batches through a loaded model. Not thread-safe: one step at a time. Raises CapacityError for its cache."""
 
     def __init__(self, model: Decoder, ops: Ops, plan: CachePlan, dtype: np.dtype[Any]) -> None:
         config = model.config
         self._model = model
-        self.cache: KVCache = ops.new_kv_cache(
-            num_layers=config.num_layers,
-            num_blocks=plan.num_blocks,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=dtype,
-        )
+        try:
+            self.cache: KVCache = ops.new_kv_cache(
+                num_layers=config.num_layers,
+                num_blocks=plan.num_blocks,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                dtype=dtype,
+            )
+        except MemoryError:
+            raise CapacityError(
+                f"the system refuses a KV cache of {plan.nbytes / 2**20:.0f} MiB; lower kv_cache_bytes"
+            ) from None
 
     def hidden(self, batch: Batch) -> Array:
         """Run one step; the hidden states [R, C] of batch.logit_rows, a copy."""

@@ -47,6 +47,19 @@ def fit_model_len(wanted: int, num_blocks: int, block_size: int) -> int:
     return min(wanted, capacity)
 
 
+def check_prompt_length(num_prompt: int, max_model_len: int, *, only_scored: bool) -> None:
+    """Raise RequestError for a prompt that can never be served, naming the length that can."""
+    if num_prompt == 0:
+        raise RequestError("the prompt is empty; give at least one token")
+    num_answer = 0 if only_scored else 1  # tokens an answer has at least
+    longest = max_model_len - num_answer
+    if num_prompt > longest:
+        raise RequestError(
+            f"the prompt has {num_prompt} tokens and at most {longest} fit (max_model_len {max_model_len}, of which "
+            f"{num_answer} for the answer); shorten it or raise max_model_len"
+        )
+
+
 class Scheduler:
     """Serves sequences from one block pool. Deterministic: the same calls give the same steps.
 
@@ -84,18 +97,10 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence; add a request's n sequences one after the other, index 0 first.
 
-        Raises RequestError when it can never be served, naming the length that can.
+        Raises RequestError as `check_prompt_length` does.
         """
         assert seq.arrival < 0, "a sequence is added once"
-        if seq.num_prompt == 0:
-            raise RequestError("the prompt is empty; give at least one token")
-        num_answer = 0 if seq.only_scored else 1  # tokens an answer has at least
-        longest = self.max_model_len - num_answer
-        if seq.num_prompt > longest:
-            raise RequestError(
-                f"the prompt has {seq.num_prompt} tokens and at most {longest} fit (max_model_len "
-                f"{self.max_model_len}, of which {num_answer} for the answer); shorten it or raise max_model_len"
-            )
+        check_prompt_length(seq.num_prompt, self.max_model_len, only_scored=seq.only_scored)
         siblings = self._requests.setdefault(seq.request_id, [])
         seq.leader = siblings[0] if siblings else None
         siblings.append(seq)

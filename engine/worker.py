@@ -2,13 +2,15 @@
 
 One thread owns the model, the cache and the scheduler, so none of them needs a lock; callers on any thread submit and
 cancel through an inbox that is emptied between steps, and read each request's own channel. An error that belongs to one
-request (logits that are NaN, settings that leave no token) ends that request alone. Anything unexpected ends all
-requests with that exception and closes the engine, since the state behind it can no longer be trusted.
+request (logits that are NaN, settings that leave no token) ends that request alone. Anything unexpected closes the
+engine, since the state behind it can no longer be trusted: all requests end with EngineClosed, caused by it.
 """
 
 from __future__ import annotations
 
 import threading
+import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from engine.errors import EngineClosed, EngineError, NumericalError
 from engine.ops.contract import Array
-from engine.request import Answer, Request
+from engine.request import Answer, Request, fresh
 from engine.runner import ModelRunner
 from engine.sampler import SampledToken, prompt_logprobs, sample_row
 from engine.scheduler import Scheduler
@@ -47,22 +49,26 @@ class Worker:
         self._inbox: SimpleQueue[Request | _Cancel | None] = SimpleQueue()  # None = close
         self._requests: set[Request] = set()  # unfinished
         self._answers: dict[Sequence, Answer] = {}
-        self._gate = threading.Lock()  # nothing is put into the inbox once it is closed
-        self._closed_because: EngineError | None = None
+        # Nothing is put into the inbox once it is closed. Reentrant: a stream that the garbage collector finds while
+        # this thread is inside cancels itself.
+        self._gate = threading.RLock()
+        self._closed: EngineClosed | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request) -> None:
         """Queue a request; its channel says how it goes. Raises EngineClosed."""
         with self._gate:
-            if self._closed_because is not None:
-                raise self._closed_because
+            if self._closed is not None:
+                raise fresh(self._closed)
+            if not self._thread.is_alive():
+                raise EngineClosed("the engine's thread does not exist in this process; load the model after forking")
             self._inbox.put(request)
 
     def cancel(self, request: Request) -> None:
         """End a request early (finish reason "abort"); nothing if it has ended."""
         with self._gate:
-            if self._closed_because is None:
+            if self._closed is None:
                 self._inbox.put(_Cancel(request))
 
     def close(self) -> None:
@@ -71,24 +77,24 @@ class Worker:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _shut(self, why: EngineError) -> None:
+    def _shut(self, why: EngineClosed) -> None:
         with self._gate:
-            if self._closed_because is None:
-                self._closed_because = why
+            if self._closed is None:
+                self._closed = why
                 self._inbox.put(None)
 
     def _run(self) -> None:
         try:
             while self._take_inbox():
                 self._step()
-            failure: BaseException = EngineClosed("the engine was closed before the request was finished")
+            end = EngineClosed("the engine was closed before the request was finished")
         except BaseException as error:  # not swallowed: every caller gets it
-            failure = error
-            closed = EngineClosed(f"the engine stopped after an internal error: {error!r}")
-            closed.__cause__ = error
-            self._shut(closed)
+            traceback.clear_frames(error.__traceback__)  # or it would hold the model
+            end = EngineClosed(f"the engine stopped after an internal error: {error!r}")
+            end.__cause__ = error
+            self._shut(end)
         for request in self._requests | self._left_in_inbox():
-            request.channel.put(failure)
+            request.channel.put(end)
         self._requests.clear()
         self._answers.clear()
         del self._runner, self._scheduler  # the model and the cache go, whoever still holds the closed engine
@@ -138,18 +144,21 @@ class Worker:
             request.prompt_logprobs = [None]
 
     def _cancel(self, request: Request) -> None:
+        if self._abort(request):
+            request.channel.put(request.result())
+
+    def _fail(self, request: Request, error: EngineError) -> None:
+        if self._abort(request):
+            request.channel.put(error.with_traceback(None))  # whose frames would hold this step's arrays
+
+    def _abort(self, request: Request) -> bool:
+        """End what is unfinished of a request; False if it has ended."""
         if request not in self._requests:
-            return
+            return False
         for sequence in self._scheduler.abort(request):
             self._answers.pop(sequence, None)
         self._requests.remove(request)
-        request.channel.put(request.result())
-
-    def _fail(self, request: Request, error: EngineError) -> None:
-        for sequence in self._scheduler.abort(request):
-            self._answers.pop(sequence, None)
-        self._requests.discard(request)
-        request.channel.put(error)
+        return True
 
     def _step(self) -> None:
         step = self._scheduler.schedule()
@@ -161,8 +170,10 @@ class Worker:
         stopped = {sequence for sequence, token in sampled.items() if self._answers[sequence].push(token)}
         tokens = {sequence: token.token_id for sequence, token in sampled.items()}
         finished = self._scheduler.complete(step, tokens, stopped)
+        now = time.perf_counter()
         for sequence in sampled:
             request: Request = sequence.request_id
+            request.first_token = request.first_token or now
             request.channel.put(self._answers[sequence].take_piece())
         for sequence in finished:
             self._finish(sequence)
@@ -170,7 +181,8 @@ class Worker:
     def _finish(self, sequence: Sequence) -> None:
         request: Request = sequence.request_id
         self._answers.pop(sequence, None)
-        request.num_cached_tokens = max(request.num_cached_tokens, sequence.num_cached_tokens)
+        if sequence.index == 0:  # the others read from the cache what the first has computed
+            request.num_cached_tokens = sequence.num_cached_tokens
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
             self._requests.remove(request)
@@ -201,6 +213,8 @@ class Worker:
                 wanted.setdefault(row.sequence, []).append((i, row.position))
         for sequence, rows in wanted.items():
             for start in range(0, len(rows), _PROMPT_ROWS):
+                if sequence.is_finished:  # the part before was unusable
+                    break
                 part = rows[start : start + _PROMPT_ROWS]
                 logits = self._runner.logits(hidden, [i for i, _ in part])
                 self._record_prompt_rows(sequence.request_id, part[0][1], logits)
