@@ -77,7 +77,8 @@ def test_fma_does_not_round_twice(scale):
 
 def test_fma_keeps_infinities_and_nan():
     with np.errstate(invalid="ignore"):
-        result = fma32(np.float32([np.inf, 1, 0, np.nan]), np.float32([2, 1, np.inf, 1]), np.float32([1, -np.inf, 1, 1]))
+        a, b, c = np.float32([[np.inf, 1, 0, np.nan], [2, 1, np.inf, 1], [1, -np.inf, 1, 1]])
+        result = fma32(a, b, c)
     np.testing.assert_array_equal(result, np.float32([np.inf, -np.inf, np.nan, np.nan]))
 
 
@@ -209,12 +210,8 @@ def test_rope_is_a_complex_rotation_and_fills_the_cache(dtype, with_norm, D):
     qkv = rng.normal(0, 2, (T, (H + 2 * KVH) * D)).astype(dtype)
     norms = {n: rng.normal(1, 0.2, D).astype(np.float32) if with_norm else None for n in ("q_norm", "k_norm")}
     table = rope_table(50, D)
-    cache = OPS.new_kv_cache(
-        num_layers=2, num_blocks=total_blocks(paging), num_kv_heads=KVH, head_dim=D, dtype=dtype
-    )
-    out = OPS.rope_and_cache(
-        qkv, table, batch, cache, 1, **norms, eps=eps, out=OPS.empty((T, H * D), dtype)
-    )
+    cache = OPS.new_kv_cache(num_layers=2, num_blocks=total_blocks(paging), num_kv_heads=KVH, head_dim=D, dtype=dtype)
+    out = OPS.rope_and_cache(qkv, table, batch, cache, 1, **norms, eps=eps, out=OPS.empty((T, H * D), dtype))
 
     def expected(heads, norm):
         x = heads.astype(np.float64)
@@ -253,9 +250,7 @@ def test_attention_equals_dense_masks_however_it_is_chunked(dtype, window, H, KV
     rng = np.random.default_rng(5)
     D, lengths = 16, [45, 18]
     paging = scattered(rng, lengths, OPS.kv_block_size)
-    cache = OPS.new_kv_cache(
-        num_layers=2, num_blocks=total_blocks(paging), num_kv_heads=KVH, head_dim=D, dtype=dtype
-    )
+    cache = OPS.new_kv_cache(num_layers=2, num_blocks=total_blocks(paging), num_kv_heads=KVH, head_dim=D, dtype=dtype)
     no_rotation = np.concatenate([np.ones((64, D // 2)), np.zeros((64, D // 2))], axis=1).astype(np.float32)
     qkv = [rng.normal(0, 1, (n, (H + 2 * KVH) * D)).astype(dtype) for n in lengths]
 

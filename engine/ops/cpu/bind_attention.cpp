@@ -55,6 +55,12 @@ KVLayer layer_of(const KVCache& cache, int64_t layer) {
     return cache.layer(layer);
 }
 
+py::array_t<uint8_t> tiles(const py::object& cache, int64_t layer) {
+    const KVLayer kv = layer_of(cache.cast<const KVCache&>(), layer);
+    uint8_t* data = reinterpret_cast<uint8_t*>(kv.data);
+    return py::array_t<uint8_t>({kv.KVH, kv.num_blocks, tile_pair_bytes(kv)}, data, cache);
+}
+
 void require_type(const Matrix& m, const char* name, const KVCache& cache) {
     if (m.type != cache.type) reject(std::string(name) + " must have the KV cache's dtype");
 }
@@ -137,7 +143,8 @@ void bind_attention(py::module_& module, BackendClass& backend) {
     py::class_<KVCache>(module, "KVCache", "paged K and V of all layers in tiles; see kv_cache.h")
         .def_readonly("num_blocks", &KVCache::num_blocks)
         .def_property_readonly("block_size", [](const KVCache&) { return kBlockTokens; })
-        .def_property_readonly("nbytes", &KVCache::nbytes);
+        .def_property_readonly("nbytes", &KVCache::nbytes)
+        .def("tiles", &tiles, py::arg("layer"), "the layer's memory, uint8 [KVH, blocks, bytes of a K and a V tile]; a view");
     module.def("new_kv_cache", &new_kv_cache, py::arg("num_layers"), py::arg("num_blocks"), py::arg("num_kv_heads"),
                py::arg("head_dim"), py::arg("dtype"));
     backend.def("rope_and_cache", &rope_and_cache, py::arg("qkv"), py::arg("rope_table"), py::arg("positions"),
