@@ -35,6 +35,7 @@ constexpr int vectors_at_once(int rows) { return rows == 1 ? 2 : 1; }
 #endif
 
 constexpr int kMaxSums = kMaxRows * kTileColumns;
+constexpr int64_t kFewBlocks = 4, kGroupBlocks = 8;
 constexpr int64_t kPrefetchAhead = 8192;  // bytes
 constexpr int64_t kChunkRows = 512;  // rows re-laid at a time: bounds scratch memory and keeps x in cache
 
@@ -45,6 +46,7 @@ constexpr int64_t kChunkRows = 512;  // rows re-laid at a time: bounds scratch m
 template <class W>  // float or f16: one k per step
 struct Fma {
     using X = float;
+    static constexpr bool kPairs = false;
     static constexpr int kXPerStep = 1;
     static constexpr int kStepK = 1;
     static constexpr int64_t kVectorBytes = kLanes * sizeof(W);
@@ -68,6 +70,7 @@ struct Fma {
 template <>  // a pair of k per step: the even one is the low half of a 32-bit word, the odd one the high half
 struct Fma<bf16> {
     using X = float;
+    static constexpr bool kPairs = false;
     static constexpr int kXPerStep = 2;
     static constexpr int kStepK = 2;
     static constexpr int64_t kVectorBytes = 64;
@@ -86,6 +89,7 @@ struct Fma<bf16> {
 #if ENGINE_ISA_LEVEL >= 3
 struct DotBf16 {
     using X = uint32_t;  // the pair of x that belongs to a step, even k in the low half
+    static constexpr bool kPairs = true;
     static constexpr int kXPerStep = 1;
     static constexpr int kStepK = 2;
     static constexpr int64_t kVectorBytes = 64;
@@ -136,34 +140,35 @@ constexpr MicroKernels<Format> micro_kernels(MicroKernels<Format> table = {}) {
     return table;
 }
 
-// ---- panels: `rows` rows of x, k outermost, zero where K is not a whole number of steps ------------------------------
+// ---- panels: `rows` rows of x, k outermost, zero where K is not a whole number of steps ----------------------------
 
+// Elements of a panel are 32 bits wide: an fp32 k, or a pair of bf16. 16 of one row, from x[k]; n = elements of x left.
 template <class Format, class In>
-struct Panel {  // [K][rows] in fp32
-    static void lay_out(const In* x, int64_t stride, int64_t rows, int64_t K, float* panel) {
-        for (int64_t r = 0; r < rows; ++r, x += stride) {
-            for (int64_t k = 0; k < K; k += kLanes) {
-                float lanes[kLanes];
-                const int64_t n = min_of(kLanes, K - k);
-                store(lanes, load_n(x + k, n));
-                for (int64_t i = 0; i < n; ++i) panel[(k + i) * rows + r] = lanes[i];
-            }
-            if (Format::kStepK == 2 && K % 2) panel[K * rows + r] = 0;
-        }
+I32x16 panel_elements(const In* x, int64_t n) {
+    if constexpr (Format::kPairs) {
+        if (n >= 2 * kLanes) return load_i32(x);
+        bf16 pairs[2 * kLanes] = {};
+        std::memcpy(pairs, x, static_cast<size_t>(n) * sizeof(bf16));
+        return load_i32(pairs);
+    } else {
+        return float_to_bits(load_n(x, min_of(n, kLanes)));
     }
-};
+}
 
-#if ENGINE_ISA_LEVEL >= 3
-template <>
-struct Panel<DotBf16, bf16> {  // [ceil(K / 2)][rows] pairs
-    static void lay_out(const bf16* x, int64_t stride, int64_t rows, int64_t K, uint32_t* panel) {
-        for (int64_t r = 0; r < rows; ++r, x += stride) {
-            for (int64_t j = 0; j < K / 2; ++j) std::memcpy(&panel[j * rows + r], x + 2 * j, 4);
-            if (K % 2) panel[K / 2 * rows + r] = x[K - 1].bits;
-        }
+// panel [count][rows] from rows of K elements, `stride` apart; 16 × 16 elements are turned around at a time.
+template <class Format, class In>
+void lay_out_panel(const In* x, int64_t stride, int64_t rows, int64_t K, int64_t count, void* panel) {
+    constexpr int64_t kElementK = Format::kPairs ? 2 : 1;
+    int32_t* out = static_cast<int32_t*>(panel);
+    for (int64_t first = 0; first < count; first += kLanes) {
+        I32x16 square[kLanes];
+        const int64_t k = first * kElementK;
+        for (int64_t r = 0; r < kLanes; ++r)
+            square[r] = r < rows && k < K ? panel_elements<Format>(x + r * stride + k, K - k) : broadcast_i32(0);
+        transpose(square);
+        for (int64_t i = 0; i < min_of(kLanes, count - first); ++i, out += rows) store_n(out, square[i], rows);
     }
-};
-#endif
+}
 
 // ---- epilogue: bias, residual, rounding ------------------------------------------------------------------------------
 
@@ -205,7 +210,7 @@ void multiply_chunk(const LinearArgs& a, int64_t first_row, int64_t num_rows, Th
         for (int64_t b = begin; b < end; ++b) {
             const int64_t row = blocks.begin(b), rows = blocks.begin(b + 1) - row;
             const In* x = static_cast<const In*>(a.x) + (first_row + row) * a.x_stride;
-            Panel<Format, In>::lay_out(x, a.x_stride, rows, a.K, panels + row * row_xs);
+            lay_out_panel<Format>(x, a.x_stride, rows, a.K, row_xs, panels + row * row_xs);
         }
     });
 
@@ -219,13 +224,16 @@ void multiply_chunk(const LinearArgs& a, int64_t first_row, int64_t num_rows, Th
             finish<In, Out>(a, sums, first_row + row, rows, column, width, min_of(width, stop - column));
         }
     };
-    // Few row blocks: memory-bound, and one long range per thread keeps the prefetchers going (short ones cost 10 to
-    // 30 %). Many: compute-bound, and shorter ranges balance the threads.
-    const int64_t grain = ceil_div(tiles, pool.threads() * (blocks.count <= 4 ? 1 : 8));
-    pool.parallel_for(tiles, grain, [&](int64_t begin, int64_t end, int) {
-        for (int64_t tile = begin; tile < end; ++tile)
-            for (int64_t b = 0; b < blocks.count; ++b)
+    // Few row blocks: memory-bound, and one long range of tiles per thread keeps the prefetchers going (short ones cost
+    // 10 to 30 %). Many: compute-bound, and small pieces of work (tens of µs) let the threads finish together.
+    const int64_t groups = ceil_div(blocks.count, kGroupBlocks);
+    const int64_t grain = blocks.count <= kFewBlocks ? ceil_div(tiles, pool.threads()) : 1;
+    pool.parallel_for(tiles * groups, grain, [&](int64_t begin, int64_t end, int) {
+        for (int64_t piece = begin; piece < end; ++piece) {
+            const int64_t tile = piece / groups, group = piece % groups;
+            for (int64_t b = blocks.count * group / groups; b < blocks.count * (group + 1) / groups; ++b)
                 multiply_block(tile, blocks.begin(b), blocks.begin(b + 1) - blocks.begin(b));
+        }
     });
 }
 

@@ -263,6 +263,38 @@ static inline void store(bf16* p, F32x16 a) {
 
 #endif
 
+// Rows become columns: lane j of a[i] and lane i of a[j] change places.
+static inline void transpose(I32x16 (&a)[kLanes]) {
+#if ENGINE_ISA_LEVEL >= 2
+    I32x16 b[kLanes];
+    for (int i = 0; i < 16; i += 2) {  // 2 × 2 blocks of 32 bits within each 128-bit quarter, then of 64 bits
+        b[i].v = _mm512_unpacklo_epi32(a[i].v, a[i + 1].v);
+        b[i + 1].v = _mm512_unpackhi_epi32(a[i].v, a[i + 1].v);
+    }
+    for (int i = 0; i < 16; i += 4) {  // now a[i + j] holds, per quarter q, column 4q + j of rows i … i + 3
+        a[i].v = _mm512_unpacklo_epi64(b[i].v, b[i + 2].v);
+        a[i + 1].v = _mm512_unpackhi_epi64(b[i].v, b[i + 2].v);
+        a[i + 2].v = _mm512_unpacklo_epi64(b[i + 1].v, b[i + 3].v);
+        a[i + 3].v = _mm512_unpackhi_epi64(b[i + 1].v, b[i + 3].v);
+    }
+    for (int j = 0; j < 4; ++j) {  // 4 × 4 quarters
+        const __m512i low01 = _mm512_shuffle_i32x4(a[j].v, a[j + 4].v, 0x44), high01 = _mm512_shuffle_i32x4(a[j].v, a[j + 4].v, 0xee);
+        const __m512i low23 = _mm512_shuffle_i32x4(a[j + 8].v, a[j + 12].v, 0x44), high23 = _mm512_shuffle_i32x4(a[j + 8].v, a[j + 12].v, 0xee);
+        b[j].v = _mm512_shuffle_i32x4(low01, low23, 0x88);
+        b[j + 4].v = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+        b[j + 8].v = _mm512_shuffle_i32x4(high01, high23, 0x88);
+        b[j + 12].v = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) a[i] = b[i];
+#else
+    int32_t in[kLanes][kLanes], out[kLanes][kLanes];
+    std::memcpy(in, a, sizeof in);
+    for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < kLanes; ++j) out[j][i] = in[i][j];
+    std::memcpy(a, out, sizeof out);
+#endif
+}
+
 // a·b + c, fused where that is fast: for sums whose bits the contract leaves to the backend.
 static inline F32x16 mul_add(F32x16 a, F32x16 b, F32x16 c) {
 #if ENGINE_ISA_LEVEL >= 1 || defined(__FP_FAST_FMAF)
@@ -278,6 +310,14 @@ static inline F32x16 load_n(const T* p, int64_t n) {
     T full[kLanes] = {};
     std::memcpy(full, p, static_cast<size_t>(n) * sizeof(T));
     return load(full);
+}
+
+static inline void store_n(int32_t* p, I32x16 a, int64_t n) {
+#if ENGINE_ISA_LEVEL >= 2
+    _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << n) - 1), a.v);
+#else
+    std::memcpy(p, &a, static_cast<size_t>(n) * sizeof(int32_t));
+#endif
 }
 
 template <class T>

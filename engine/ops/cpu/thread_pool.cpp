@@ -9,6 +9,9 @@
 #include <vector>
 
 #include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 namespace engine {
 namespace {
@@ -32,6 +35,23 @@ void pause() {
 #endif
 }
 
+#ifdef __linux__
+int current_cpu() { return sched_getcpu(); }
+
+// Moves this thread to a CPU other than `cpu`. On a machine with other work the scheduler can leave a worker on its
+// caller's CPU for seconds, each waiting for the other; a short ban on that CPU ends it.
+void leave_cpu(int cpu) {
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+    cpu_set_t others = allowed;
+    CPU_CLR(cpu, &others);
+    if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof allowed, &allowed);
+}
+#else
+int current_cpu() { return -1; }
+void leave_cpu(int) {}
+#endif
+
 }  // namespace
 
 // `gate` is the whole protocol: bits 63..32 count the loops, bit 31 says that the current one may be entered, the bits
@@ -48,6 +68,7 @@ struct ThreadPool::State {
     int64_t grain = 1;
     Call call = nullptr;
     void* body = nullptr;
+    std::atomic<int> caller_cpu{-1};
     std::exception_ptr error;  // guarded by mutex
 
     std::mutex mutex;
@@ -62,6 +83,7 @@ struct ThreadPool::State {
     }
 
     void open_loop() {
+        caller_cpu.store(current_cpu(), std::memory_order_relaxed);
         const uint64_t loop = loop_of(gate.load(std::memory_order_relaxed)) + uint64_t{1};
         gate.store(loop << 32 | kOpen);
         if (sleepers.load() > 0) wake_all();
@@ -94,6 +116,8 @@ struct ThreadPool::State {
     void work_until_stopped(int thread) {
         uint32_t seen = 0;
         while (wait_for_loop_after(seen)) {
+            const int occupied = caller_cpu.load(std::memory_order_relaxed);
+            if (occupied >= 0 && occupied == current_cpu()) leave_cpu(occupied);
             uint64_t now = gate.load();
             while (now & kOpen) {
                 if (!gate.compare_exchange_weak(now, now + 1)) continue;
