@@ -34,6 +34,7 @@ constexpr int kMaxRows = 3;  // SSE2: 16 registers, four per accumulator
 constexpr int vectors_at_once(int rows) { return rows == 1 ? 2 : 1; }
 #endif
 
+constexpr int kMinTransposedRows = 6;
 constexpr int kMaxSums = kMaxRows * kTileColumns;
 constexpr int64_t kFewBlocks = 4, kGroupBlocks = 8;
 constexpr int64_t kPrefetchAhead = 8192;  // bytes
@@ -155,18 +156,27 @@ I32x16 panel_elements(const In* x, int64_t n) {
     }
 }
 
-// panel [count][rows] from rows of K elements, `stride` apart; 16 × 16 elements are turned around at a time.
+// panel [count][rows] from `rows` rows of K elements, `stride` apart. Many rows: 16 × 16 elements are turned around in
+// registers at a time; few: that would turn mostly zeros.
 template <class Format, class In>
 void lay_out_panel(const In* x, int64_t stride, int64_t rows, int64_t K, int64_t count, void* panel) {
     constexpr int64_t kElementK = Format::kPairs ? 2 : 1;
     int32_t* out = static_cast<int32_t*>(panel);
-    for (int64_t first = 0; first < count; first += kLanes) {
-        I32x16 square[kLanes];
-        const int64_t k = first * kElementK;
-        for (int64_t r = 0; r < kLanes; ++r)
-            square[r] = r < rows && k < K ? panel_elements<Format>(x + r * stride + k, K - k) : broadcast_i32(0);
-        transpose(square);
-        for (int64_t i = 0; i < min_of(kLanes, count - first); ++i, out += rows) store_n(out, square[i], rows);
+    for (int64_t first = 0, k = 0; first < count; first += kLanes, k += kLanes * kElementK, out += kLanes * rows) {
+        const int64_t n = min_of(kLanes, count - first);
+        const auto elements = [&](int64_t r) { return k < K ? panel_elements<Format>(x + r * stride + k, K - k) : broadcast_i32(0); };
+        if (rows >= kMinTransposedRows) {
+            I32x16 square[kLanes];
+            for (int64_t r = 0; r < kLanes; ++r) square[r] = r < rows ? elements(r) : broadcast_i32(0);
+            transpose(square);
+            for (int64_t i = 0; i < n; ++i) store_n(out + i * rows, square[i], rows);
+        } else {
+            for (int64_t r = 0; r < rows; ++r) {
+                int32_t row[kLanes];
+                store_n(row, elements(r), kLanes);
+                for (int64_t i = 0; i < n; ++i) out[i * rows + r] = row[i];
+            }
+        }
     }
 }
 
