@@ -8,7 +8,10 @@ The C++ beside it, in reading order:
     features.cpp              what this CPU can run
     thread_pool.*  backend.*  persistent threads, scratch memory: what one CpuOps owns
     weight_tiles.h  packed_weight.*  slabs.*   weights re-laid in tiles of 32 columns, and the memory they lie in
-    linear.cpp  finite.cpp …  the kernels, one operation or family per file
+    kv_cache.*                the paged cache in tiles of 16 tokens
+    fp32_math.h               arithmetic that `engine.ops.reference` fixes to the last bit
+    linear.cpp  rows.cpp …    the kernels, one operation or family per file
+    attention_plan.*          how attention is shared out among threads
     bindings.*  bind_*.cpp    argument checks and the Python interface
 
 Importing this module raises ImportError where the extension was not built; `engine.ops.backends` decides what then.

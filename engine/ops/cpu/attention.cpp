@@ -10,8 +10,8 @@
 // of rows reads each K and V vector once. Rows of a tile see different tokens at the edges; there the sum runs over the
 // rows that see a token, so that no row ever touches a value it should not see (a stale NaN, another row's future).
 //
-// bf16 on avx512-bf16: scores by vdpbf16ps (fp32 accumulation; subnormal inputs and results count as 0). Everything else
-// converts to fp32, exactly. Weights are not rounded.
+// bf16 on avx512-bf16: scores by vdpbf16ps (fp32 accumulation; subnormal inputs and results count as 0). Everything
+// else converts to fp32, exactly. Weights are not rounded.
 
 #include "attention_args.h"
 #include "kernels.h"
@@ -24,9 +24,10 @@ namespace {
 
 constexpr int kChunk = 64;  // tokens
 constexpr int kChunkBlocks = kChunk / kBlockTokens;
-constexpr float kLowest = -3.40282347e38f;    // not −inf: a difference of two maxima must not be NaN
+constexpr float kLowest = -3.40282347e38f;  // not −inf: a difference of two maxima must not be NaN
 
-// Rows of a tile, and how many sums of sixteen lanes a kernel keeps in registers (32 of one, 16 of half, 16 of a quarter).
+// Rows of a tile, and how many sums of sixteen lanes a kernel keeps in registers: there are 32 of sixteen lanes, with
+// AVX2 16 of eight, elsewhere at least 16 of four.
 #if ENGINE_ISA_LEVEL >= 2
 constexpr int kTileRows = 8, kSums = 16;
 #elif ENGINE_ISA_LEVEL == 1
@@ -54,11 +55,12 @@ struct Tiles {
     const T* v[kChunkBlocks];
 };
 
-// Kernels ask for the next chunk's lines while they read this one's: blocks lie scattered, so the processor cannot guess.
-// Into the second-level cache, which can wait for more lines at a time than the first (measured: 1.6 times the bandwidth).
+// Kernels ask for the next chunk's lines while they read this one's: blocks lie scattered, so the processor cannot
+// guess. Into the second-level cache, which can wait for more lines at a time than the first: 1.6 times the bandwidth
+// on a Zen 4 core, where the same into the first gains nothing.
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// ---- scores ----------------------------------------------------------------------------------------------------------
+// ---- scores ---------------------------------------------------------------------------------------------------------
 
 // One step through a K tile: what it loads for 16 tokens, and the query units of a row it meets. Queries of a tile of
 // rows lie in the order of use, [step] [unit] [rows].
@@ -135,14 +137,14 @@ void score(const typename Keys<T>::Query* q, const T* const* k, const T* const* 
 
 // Blocks [begin, end) at least, as many at a time as there are registers for: 1, 2 or 4.
 template <class T, int rows>
-void score_chunk(const typename Keys<T>::Query* q, const Tiles<T>& now, const Tiles<T>& next, int begin, int end, int64_t D,
-                 float* scores) {
+void score_chunk(const typename Keys<T>::Query* q, const Tiles<T>& now, const Tiles<T>& next, int begin, int end,
+                 int64_t D, float* scores) {
     constexpr int step = kSums / rows >= 4 ? 4 : kSums / rows >= 2 ? 2 : 1;
     for (int b = begin / step * step; b < end; b += step)
         score<T, rows, step>(q, now.k + b, next.k + b, D, scores + b * kLanes);
 }
 
-// ---- weights ---------------------------------------------------------------------------------------------------------
+// ---- weights --------------------------------------------------------------------------------------------------------
 
 // The tokens [begin, end) of a chunk that a row sees.
 struct Seen {
@@ -159,8 +161,9 @@ static inline F32x16 hide_unseen(F32x16 scores, int64_t begin, int64_t end) {
         keep, keep, keep, keep, keep, keep, keep, keep, keep, keep, keep, keep, keep, keep, keep, keep,
         hide, hide, hide, hide, hide, hide, hide, hide, hide, hide, hide, hide, hide, hide, hide, hide,
     };
-    const F32x16 from_begin = load(limits + kLanes - clamp_lane(begin)), to_end = load(limits + 2 * kLanes - clamp_lane(end));
-    return min(min(scores, from_begin), to_end);
+    const F32x16 from_begin = load(limits + kLanes - clamp_lane(begin));
+    const F32x16 to_end = load(limits + 2 * kLanes - clamp_lane(end));
+    return min(min(scores, from_begin), to_end);  // min gives its second argument where one is NaN
 }
 
 // What a row carries from chunk to chunk, besides its output.
@@ -191,7 +194,7 @@ static inline void weigh(float* scores, float scale, Seen seen, RowState& row) {
     row.maximum = maximum;
 }
 
-// ---- values ----------------------------------------------------------------------------------------------------------
+// ---- values ---------------------------------------------------------------------------------------------------------
 
 // A stretch of tokens of a chunk and the rows that see it.
 struct Stretch {
@@ -216,7 +219,8 @@ void add_values(const Stretch& s, const T* const* v, const T* const* next, int64
             for (int i = 0; i < vectors; i += kVectorsPerLine) prefetch(next[block] + at + i * kLanes);
             for (int i = 0; i < vectors; ++i) {
                 const F32x16 value = load(v[block] + at + i * kLanes);
-                for (int r = 0; r < rows; ++r) sums[r][i] = mul_add(broadcast(s.weights[r * kChunk + t]), value, sums[r][i]);
+                for (int r = 0; r < rows; ++r)
+                    sums[r][i] = mul_add(broadcast(s.weights[r * kChunk + t]), value, sums[r][i]);
             }
         }
     }
@@ -233,7 +237,7 @@ void add_all_values(const Stretch& s, const Tiles<T>& now, const Tiles<T>& next)
     for (int r = 0; r < rows; ++r) s.states[r].rescale = 1.0f;
 }
 
-// Cuts a chunk into stretches that the same rows see. `seen` only moves forward from row to row, so they are neighbours.
+// Cuts a chunk into stretches that the same rows see; these are neighbours, because `seen` only moves forward.
 template <class T>
 void add_seen_values(const Stretch& all, const Seen* seen, int rows, const Tiles<T>& now, const Tiles<T>& next) {
     for (int t = seen[0].begin; t < seen[rows - 1].end;) {
@@ -241,13 +245,14 @@ void add_seen_values(const Stretch& all, const Seen* seen, int rows, const Tiles
         while (seen[first].end <= t) ++first;
         while (seen[last - 1].begin > t) --last;
         const int stop = last < rows && seen[last].begin < seen[first].end ? seen[last].begin : seen[first].end;
-        const Stretch part{all.output + first * all.DV, all.states + first, all.weights + first * kChunk, t, stop, all.DV};
+        const Stretch part{all.output + first * all.DV, all.states + first, all.weights + first * kChunk,
+                           t, stop, all.DV};
         with_count<kTileRows>(last - first, [&](auto count) { add_all_values<T, count.value>(part, now, next); });
         t = stop;
     }
 }
 
-// ---- an item ---------------------------------------------------------------------------------------------------------
+// ---- an item --------------------------------------------------------------------------------------------------------
 
 // One thread's memory for one item.
 template <class T>
@@ -322,7 +327,9 @@ private:
         std::memset(w.output, 0, static_cast<size_t>(rows * DV) * sizeof(float));
     }
 
-    typename Keys<T>::Query* queries(int tile) const { return w.queries + tile_begin(tile) * D * Keys<T>::kUnits / Keys<T>::kElements; }
+    typename Keys<T>::Query* queries(int tile) const {
+        return w.queries + tile_begin(tile) * D * Keys<T>::kUnits / Keys<T>::kElements;
+    }
 
     Tiles<T> tiles_at(int64_t token) const {
         Tiles<T> t;
@@ -344,7 +351,8 @@ private:
             seen[r].end = static_cast<int>(min_of(kChunk, max_of(0, past_last)));
         }
         if (seen[0].begin == kChunk || seen[count - 1].end == 0) return;
-        const int first_block = seen[0].begin / kLanes, past_block = static_cast<int>(ceil_div(seen[count - 1].end, kLanes));
+        const int first_block = seen[0].begin / kLanes;
+        const int past_block = static_cast<int>(ceil_div(seen[count - 1].end, kLanes));
         with_count<kTileRows>(count, [&](auto n) {
             score_chunk<T, n.value>(queries(tile), now, next, first_block, past_block, D, w.weights);
         });

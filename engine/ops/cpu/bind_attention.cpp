@@ -13,7 +13,7 @@
 namespace engine {
 namespace {
 
-// A contiguous int32 array, or float32 for tables.
+// A contiguous 2-D array of one element type.
 template <class T>
 struct Table {
     const T* data;
@@ -35,15 +35,17 @@ void require_range(const int32_t* values, int64_t count, int64_t limit, const ch
         high = values[i] > high ? values[i] : high;
     }
     if (low < 0 || (count > 0 && high >= limit))
-        reject(std::string(what) + " must be in 0.." + std::to_string(limit - 1) + ", but " + std::to_string(low < 0 ? low : high) + " occurs");
+        reject(std::string(what) + " must be in 0.." + std::to_string(limit - 1) + ", but "
+               + std::to_string(low < 0 ? low : high) + " occurs");
 }
 
-std::unique_ptr<KVCache> new_kv_cache(int64_t num_layers, int64_t num_blocks, int64_t KVH, int64_t D, const py::dtype& dtype) {
+std::unique_ptr<KVCache> new_kv_cache(int64_t num_layers, int64_t num_blocks, int64_t KVH, int64_t D,
+                                      const py::dtype& dtype) {
     const DType type = dtype_of(py::array(dtype, py::array::ShapeContainer{0}), "the cache's dtype");
     if (num_layers < 1 || num_blocks < 1 || KVH < 1 || D < 8 || D > kMaxHeadDim || D % 8)
         reject("a KV cache needs layers, blocks and KV heads, and a head_dim that is a multiple of 8 up to "
-               + std::to_string(kMaxHeadDim) + "; got " + std::to_string(num_layers) + ", " + std::to_string(num_blocks) + ", "
-               + std::to_string(KVH) + ", " + std::to_string(D));
+               + std::to_string(kMaxHeadDim) + "; got " + std::to_string(num_layers) + ", " + std::to_string(num_blocks)
+               + ", " + std::to_string(KVH) + ", " + std::to_string(D));
     if (num_blocks * kBlockTokens > std::numeric_limits<int32_t>::max())
         reject("a KV cache of " + std::to_string(num_blocks) + " blocks has more slots than int32 can number");
     return std::make_unique<KVCache>(num_layers, num_blocks, KVH, D, type);
@@ -74,16 +76,18 @@ int64_t query_heads(const Matrix& m, const char* name, const KVCache& cache, int
     return H;
 }
 
-void rope_and_cache(Backend& backend, const py::array& qkv_array, const py::array& rope_array, const py::array& positions_array,
-                    const py::array& slots_array, const KVCache& cache, int64_t layer, const std::optional<py::array>& q_norm,
-                    const std::optional<py::array>& k_norm, float eps, const py::array& out_array) {
+void rope_and_cache(Backend& backend, const py::array& qkv_array, const py::array& rope_array,
+                    const py::array& positions_array, const py::array& slots_array, const KVCache& cache, int64_t layer,
+                    const std::optional<py::array>& q_norm, const std::optional<py::array>& k_norm, float eps,
+                    const py::array& out_array) {
     const Matrix qkv = matrix(qkv_array, "qkv"), out = writable_matrix(out_array, "out");
     const int64_t T = qkv.rows, H = query_heads(qkv, "qkv", cache, 2 * cache.KVH);
     require_shape(out, "out", T, H * cache.D);
     require_type(qkv, "qkv", cache);
     require_type(out, "out", cache);
     const Table<float> rope = table<float>(rope_array, "rope_table", "float32");
-    if (rope.columns != cache.D) reject("rope_table must be [P, " + std::to_string(cache.D) + "], not " + describe(rope_array));
+    if (rope.columns != cache.D)
+        reject("rope_table must be [P, " + std::to_string(cache.D) + "], not " + describe(rope_array));
     const int32_t* positions = int_vector(positions_array, "positions", T);
     const int32_t* slots = int_vector(slots_array, "slot_mapping", T);
     require_range(positions, T, rope.rows, "positions");
@@ -104,18 +108,20 @@ void require_consistent(const AttentionBatch& batch, const int32_t* positions, i
         const int64_t begin = batch.query_start[s], end = batch.query_start[s + 1], context = batch.context_lens[s];
         const auto name = [&] { return "sequence " + std::to_string(s) + " of the batch"; };
         if (begin > end || end - begin > context || context > batch.width * kBlockTokens)
-            reject(name() + " has " + std::to_string(end - begin) + " rows, a context of " + std::to_string(context) + " and "
-                   + std::to_string(batch.width) + " blocks");
+            reject(name() + " has " + std::to_string(end - begin) + " rows, a context of " + std::to_string(context)
+                   + " and " + std::to_string(batch.width) + " blocks");
         for (int64_t t = begin; t < end; ++t)
-            if (positions[t] != context - (end - t)) reject(name() + ": its rows are not the last positions of its context");
+            if (positions[t] != context - (end - t))
+                reject(name() + ": its rows are not the last positions of its context");
         const int64_t used = (context + kBlockTokens - 1) / kBlockTokens;
         require_range(batch.block_tables + s * batch.width, used, num_blocks, "blocks");
     }
 }
 
-void attention(Backend& backend, const py::array& q_array, const py::array& positions_array, const py::array& query_start,
-               const py::array& context_lens, const py::array& block_tables, const KVCache& cache, int64_t layer, float scale,
-               std::optional<int64_t> window, const py::array& out_array) {
+void attention(Backend& backend, const py::array& q_array, const py::array& positions_array,
+               const py::array& query_start, const py::array& context_lens, const py::array& block_tables,
+               const KVCache& cache, int64_t layer, float scale, std::optional<int64_t> window,
+               const py::array& out_array) {
     const Matrix q = matrix(q_array, "q"), out = writable_matrix(out_array, "out");
     const int64_t H = query_heads(q, "q", cache, 0);
     require_shape(out, "out", q.rows, q.columns);
@@ -125,7 +131,8 @@ void attention(Backend& backend, const py::array& q_array, const py::array& posi
     const int32_t* positions = int_vector(positions_array, "positions", q.rows);
     const Table<int32_t> blocks = table<int32_t>(block_tables, "block_tables", "int32");
     const AttentionBatch batch{int_vector(query_start, "query_start", blocks.rows + 1),
-                               int_vector(context_lens, "context_lens", blocks.rows), blocks.data, blocks.rows, blocks.columns};
+                               int_vector(context_lens, "context_lens", blocks.rows),
+                               blocks.data, blocks.rows, blocks.columns};
     require_consistent(batch, positions, q.rows, cache.num_blocks);
     AttentionArgs args{q.data, q.stride, H, positions, nullptr, 0, layer_of(cache, layer), scale,
                        window.value_or(std::numeric_limits<int32_t>::max()), out.data, out.stride};
@@ -144,14 +151,15 @@ void bind_attention(py::module_& module, BackendClass& backend) {
         .def_readonly("num_blocks", &KVCache::num_blocks)
         .def_property_readonly("block_size", [](const KVCache&) { return kBlockTokens; })
         .def_property_readonly("nbytes", &KVCache::nbytes)
-        .def("tiles", &tiles, py::arg("layer"), "the layer's memory, uint8 [KVH, blocks, bytes of a K and a V tile]; a view");
+        .def("tiles", &tiles, py::arg("layer"), "a view of the layer's memory, uint8 [KVH, blocks, K and V tile]");
     module.def("new_kv_cache", &new_kv_cache, py::arg("num_layers"), py::arg("num_blocks"), py::arg("num_kv_heads"),
                py::arg("head_dim"), py::arg("dtype"));
     backend.def("rope_and_cache", &rope_and_cache, py::arg("qkv"), py::arg("rope_table"), py::arg("positions"),
-                py::arg("slot_mapping"), py::arg("cache"), py::arg("layer"), py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"),
-                py::arg("out"));
-    backend.def("attention", &attention, py::arg("q"), py::arg("positions"), py::arg("query_start"), py::arg("context_lens"),
-                py::arg("block_tables"), py::arg("cache"), py::arg("layer"), py::arg("scale"), py::arg("window"), py::arg("out"));
+                py::arg("slot_mapping"), py::arg("cache"), py::arg("layer"), py::arg("q_norm"), py::arg("k_norm"),
+                py::arg("eps"), py::arg("out"));
+    backend.def("attention", &attention, py::arg("q"), py::arg("positions"), py::arg("query_start"),
+                py::arg("context_lens"), py::arg("block_tables"), py::arg("cache"), py::arg("layer"), py::arg("scale"),
+                py::arg("window"), py::arg("out"));
 }
 
 }  // namespace engine

@@ -16,13 +16,16 @@ void embed(Backend& backend, const py::array& table_array, const py::array& ids_
     require_shape(out, "out", out.rows, table.columns);
     for (int64_t t = 0; t < out.rows; ++t)
         if (ids[t] < 0 || ids[t] >= table.rows)
-            reject("token id " + std::to_string(ids[t]) + " is outside the table of " + std::to_string(table.rows) + " rows");
-    const EmbedArgs args{table.data, table.type, table.stride, ids, out.rows, out.columns, out.data, out.type, out.stride};
+            reject("token id " + std::to_string(ids[t]) + " is outside the table of " + std::to_string(table.rows)
+                   + " rows");
+    const EmbedArgs args{table.data, table.type, table.stride, ids, out.rows, out.columns,
+                         out.data, out.type, out.stride};
     const Running running(backend);
     backend.kernels.embed(args, backend.pool);
 }
 
-void rms_norm(Backend& backend, const py::array& x_array, const py::array& weight, float eps, const py::array& out_array) {
+void rms_norm(Backend& backend, const py::array& x_array, const py::array& weight, float eps,
+              const py::array& out_array) {
     const Matrix x = matrix(x_array, "x"), out = writable_matrix(out_array, "out");
     require_shape(out, "out", x.rows, x.columns);
     require_type(out, "out", x.type, "x");
