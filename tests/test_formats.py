@@ -22,7 +22,7 @@ from engine.ops.fp4.scales import (
     encode_e8m0_floor,
     encode_ue4m3,
 )
-from engine.ops.fp4.split import round_bf16
+from engine.ops.fp4.split import round_bf16, scaled_rows
 
 BYTES = np.arange(256, dtype=np.uint8)
 needs_small_types = pytest.mark.skipif(
@@ -191,6 +191,27 @@ def test_block_quantizers_equal_the_scalar_ones(fmt):
         assert codes[t].tolist() == expected[0]
         assert scales[t].tolist() == expected[1]
         assert [scalar.number(v) for v in values[t]] == expected[2]
+
+
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=repr)
+def test_scale_rules_at_their_borders(fmt):
+    """Magnitudes one fp32 step around those whose scale is a border between two codes."""
+    table = {"nvfp4": UE4M3_VALUES[1:127], "mxfp4": E8M0_VALUES[3:253], "hif4": E6M2_VALUES[:255]}[fmt.name]
+    amax = around(around(table) * np.float32({"nvfp4": 6, "mxfp4": 4, "hif4": 7}[fmt.name]))
+    rule = {"nvfp4": scalar.nvfp4_scale, "mxfp4": scalar.mxfp4_scale, "hif4": scalar.hif4_scale}[fmt.name]
+    assert fmt.scale_byte(amax).tolist() == [rule(Fraction(float(a))) for a in amax]
+
+
+@pytest.mark.parametrize("amax", [2688.0, 1.0, 3.1415927, 777.77, 1e-3, 5e30])
+def test_rows_are_divided_and_then_rounded(amax):
+    """X one fp32 step around those whose quotient by g is a border between two bf16 numbers."""
+    g = scalar.global_scale(Fraction(float(np.float32(amax))))
+    bf16 = (np.arange(0x3F80, 0x4080, dtype=np.uint32) << 16).view(np.float32)  # [1, 4)
+    X = around((around(bf16).astype(np.float64) * float(g)).astype(np.float32))
+    X = np.append(np.minimum(X, np.float32(amax)), np.float32(amax))
+    x, actual_g = scaled_rows(X[None], "nvfp4", "token")
+    assert Fraction(float(actual_g[0])) == g
+    assert [Fraction(float(v)) for v in x[0]] == [scalar.bf16(scalar.fp32(Fraction(float(v)) / g)) for v in X]
 
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=repr)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InvalidArgument
+from engine.ops.fp4.blocks import block_format
 from engine.ops.fp4.scales import E6M2_VALUES, E8M0_VALUES, UE4M3_VALUES
 from engine.quant import fp4, grades, sharq
 
@@ -71,6 +72,29 @@ def test_chunks_do_not_show(monkeypatch):
     parts = sharq.quantize_weight(w, grade="sweep")
     assert (whole.payload == parts.payload).all() and (whole.scale == parts.scale).all()
     assert (whole.g == parts.g).all()
+
+
+@pytest.mark.parametrize(("format", "block"), KINDS)
+def test_errors_to_the_last_bit(format, block):
+    """The sums of squares themselves, in the defined order, under scales that are not the best."""
+    r = np.random.default_rng(4)
+    x = r.standard_normal((20, block)).astype(ml_dtypes.bfloat16).astype(np.float32)
+    fmt = block_format(format, block)
+    for factor in (0.7, 1.0, 1.3):
+        byte = fmt.scale_byte(np.abs(x).max(axis=-1) * np.float32(factor))
+        errors = grades.squared_error(x, fmt.complete(byte, x), fmt)
+        for row, scale, error in zip(x, byte.tolist(), errors, strict=True):
+            numbers = [scalar.number(v) for v in row]
+            assert Fraction(float(error)) == scalar.squared_error(numbers, scalar.BLOCK[format](numbers, scale)[2])
+
+
+@pytest.mark.parametrize(("format", "block"), KINDS)
+def test_candidates_of_a_sweep_are_those_of_its_40_factors(format, block):
+    amax = np.float32(np.exp(np.random.default_rng(5).uniform(-12, 7.8, 100)))
+    tried = np.array(list(grades.candidates(amax, block_format(format, block), "sweep")))
+    for a, column in zip(amax, tried.T, strict=True):
+        expected = [scalar.SCALE[format](scalar.fp32(Fraction(float(a)) * f)) for f in FACTORS]
+        assert list(dict.fromkeys(column.tolist())) == list(dict.fromkeys(expected))
 
 
 @pytest.mark.parametrize("values", [UE4M3_VALUES[1:127], E8M0_VALUES[:253], E6M2_VALUES[:255]])

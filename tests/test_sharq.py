@@ -218,7 +218,7 @@ def relative_to_largest(y: np.ndarray, a: np.ndarray, w: np.ndarray) -> float:
 @given(
     st.sampled_from(MODES),
     st.integers(1, 9),
-    st.integers(1, 33),
+    st.integers(8, 41),  # enough outputs that the largest is not all cancellation
     st.integers(1, 12),
     st.integers(0, 2**32 - 1),
 )

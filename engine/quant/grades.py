@@ -92,11 +92,11 @@ def _f32(w: NDArray[Any]) -> F32:
 def _quantize_rows(scaled: F32, fmt: BlockFormat, grade: Grade) -> tuple[U8, Scale]:
     """Packed codes [R, K/2] and scales [R, K/block] of w / g."""
     x = round_bf16(scaled).reshape(scaled.shape[0], scaled.shape[1] // fmt.block, fmt.block)
-    scale = _best_scale(x, fmt, _candidates(np.abs(x).max(axis=-1), fmt, grade))
+    scale = _best_scale(x, fmt, candidates(np.abs(x).max(axis=-1), fmt, grade))
     return pack(fmt.encode(x, scale).reshape(scaled.shape)), scale
 
 
-def _candidates(amax: F32, fmt: BlockFormat, grade: Grade) -> Iterator[U8]:
+def candidates(amax: F32, fmt: BlockFormat, grade: Grade) -> Iterator[U8]:
     """Scale bytes to try, in the order that decides ties."""
     if grade == "sweep":
         first = fmt.scale_byte(amax * _SWEEP_FIRST)
@@ -115,9 +115,9 @@ def _best_scale(x: F32, fmt: BlockFormat, candidates: Iterator[U8]) -> Scale:
     smallest: F32 | None = None  # not computed where there is nothing to compare with
     for byte in candidates:
         if smallest is None:
-            smallest = _squared_error(x, best, fmt)
+            smallest = squared_error(x, best, fmt)
         scale = fmt.complete(byte, x)
-        error = _squared_error(x, scale, fmt)
+        error = squared_error(x, scale, fmt)
         better = error < smallest
         best = np.where(better, scale, best)
         smallest = np.where(better, error, smallest)
@@ -125,7 +125,8 @@ def _best_scale(x: F32, fmt: BlockFormat, candidates: Iterator[U8]) -> Scale:
 
 
 @np.errstate(over="ignore")
-def _squared_error(x: F32, scale: Scale, fmt: BlockFormat) -> F32:
+def squared_error(x: F32, scale: Scale, fmt: BlockFormat) -> F32:
+    """What each block of x [..., block] loses under its scale [...], summed by halves."""
     error = x - fmt.integers(fmt.encode(x, scale), scale) * fmt.unit(scale)[..., None]
     total = error * error
     while total.shape[-1] > 1:
