@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.core import SamplingParams
 from engine.errors import ConfigError, RequestError
-from engine.json_file import read_json
+from engine.json_file import brief, read_json
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -54,5 +54,5 @@ def _token_ids(value: Any, file: Path) -> list[int]:
         return []
     ids = value if isinstance(value, list) else [value]
     if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
-        raise ConfigError(f"{file}: eos_token_id must be a token id or a list of them, not {value!r}")
+        raise ConfigError(f"{file}: eos_token_id must be a token id or a list of them, not {brief(value)}")
     return ids

@@ -89,7 +89,8 @@ class LLM:
         ops = select_backend(engine.device, engine.threads)
         location = locate(str(fspath(model)), revision=revision, progress=progress)
         path = Path(location.path)
-        self.config = read_config(read_json(path / "config.json", ConfigError), path)
+        config_file = path / "config.json"
+        self.config = read_config(read_json(config_file, ConfigError), config_file)
         self.tokenizer = Tokenizer.from_directory(path)
         defaults = GenerationDefaults.from_directory(
             path, model_eos=self.config.eos_token_ids, tokenizer_eos=self.tokenizer.eos_token_id

@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from engine.errors import RequestError, TokenizerError
-from engine.json_file import read_json
+from engine.json_file import brief, read_json
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not UTF-8
 
@@ -251,14 +251,14 @@ def _add_tokens(backend: tokenizers.Tokenizer, declared: Any) -> None:
     for id, token in tokens.items():
         if backend.token_to_id(token.content) != id:
             raise TokenizerError(
-                f"tokenizer_config.json puts token {token.content!r} at id {id}, tokenizer.json at "
+                f"tokenizer_config.json puts token {brief(token.content)} at id {id}, tokenizer.json at "
                 f"{backend.token_to_id(token.content)}"
             )
 
 
 def _token_id(key: str) -> int:
     if not key.isascii() or not key.isdigit():
-        raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder has {key!r} for a token id")
+        raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder has {brief(key)} for a token id")
     return int(key)
 
 
@@ -266,7 +266,7 @@ def _added_token(options: Any) -> tokenizers.AddedToken:
     content = options.get("content") if isinstance(options, dict) else None
     flags = {name: options[name] for name in _TOKEN_FLAGS if name in options} if content else {}
     if not isinstance(content, str) or not all(isinstance(flag, bool) for flag in flags.values()):
-        raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder has a malformed token: {options!r}")
+        raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder has a malformed token: {brief(options)}")
     return tokenizers.AddedToken(content, **flags)
 
 
@@ -281,7 +281,7 @@ def _special_token(
         return None, None
     id = backend.token_to_id(token) if isinstance(token, str) else None
     if id is None:
-        raise TokenizerError(f"tokenizer_config.json: {name} {token!r} is not in the vocabulary")
+        raise TokenizerError(f"tokenizer_config.json: {name} {brief(token)} is not in the vocabulary")
     return token, id
 
 
@@ -290,7 +290,7 @@ def _flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise TokenizerError(f"tokenizer_config.json: {name} must be true or false, not {value!r}")
+        raise TokenizerError(f"tokenizer_config.json: {name} must be true or false, not {brief(value)}")
     return value
 
 
