@@ -1,18 +1,17 @@
 """Builds sharq-engine: the Python packages and the optional C++ extension `engine._native`.
 
 Metadata is in pyproject.toml. What needs code is here: the extension's kernel files are compiled once per instruction
-set (see engine/ops/cpu/kernels.h), which setuptools' own build_ext cannot express, so this one runs the compiler itself.
+set (see engine/ops/cpu/kernels.h), which setuptools' own build_ext cannot express, so this one runs the compiler.
 
-The extension is optional. Without a C++17 compiler (GCC or Clang) the install succeeds with one warning, and the engine
-runs on its NumPy path and says so. ENGINE_REQUIRE_NATIVE=1 turns the warning into an error.
+The extension is optional. Without a C++17 compiler (GCC or Clang, on Linux or macOS) the install succeeds with one
+warning, and the engine runs on its NumPy path and says so. ENGINE_REQUIRE_NATIVE=1 turns the warning into an error.
 
-A rebuild compiles what changed. Object files are kept in the build directory (ENGINE_BUILD_DIR to have one's own), under
-a lock; the extension is replaced in one step, so a running process keeps the file it loaded.
+A rebuild compiles what changed. Object files are kept in the build directory (ENGINE_BUILD_DIR names another), under a
+lock; the extension is replaced in one step, so a running process keeps the file it loaded.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import subprocess
@@ -44,7 +43,8 @@ COMMON_SOURCES = (
     "slabs.cpp",
     "thread_pool.cpp",
 )
-KERNEL_SOURCES = ("attention.cpp", "finite.cpp", "linear.cpp", "rope.cpp", "rows.cpp")  # compiled once per instruction set
+# Compiled once per instruction set.
+KERNEL_SOURCES = ("attention.cpp", "finite.cpp", "linear.cpp", "rope.cpp", "rows.cpp")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 INSTRUCTION_SETS: dict[str, tuple[int, tuple[str, ...]]] = {  # namespace -> ENGINE_ISA_LEVEL, flags
@@ -74,10 +74,10 @@ class Compiler:
 
     def __init__(self) -> None:
         candidates = (os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++")
-        found = (shlex.split(c) for c in candidates if c)
-        self.command = next((c for c in found if self._runs(c)), None)
-        if self.command is None:
-            raise CompileError("no C++ compiler found (tried $CXX, c++, g++, clang++)")
+        found = [command for command in (shlex.split(c) for c in candidates if c) if self._runs(command)]
+        if os.name != "posix" or not found:
+            raise CompileError("no C++ compiler found (tried $CXX, c++, g++ and clang++; others are not supported)")
+        self.command = found[0]
 
     @staticmethod
     def _runs(command: list[str]) -> bool:
@@ -97,7 +97,8 @@ class Compiler:
     def run(self, arguments: list[str], target: Path) -> None:
         """Write `target` (the compiler's -o) completely or not at all."""
         partial = target.with_name(target.name + ".partial")
-        result = subprocess.run([*self.command, *arguments, "-o", str(partial)], capture_output=True, text=True, check=False)
+        command = [*self.command, *arguments, "-o", str(partial)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         sys.stderr.write(result.stderr)
         if result.returncode:
             raise CompileError(f"{self.command[0]} failed on {arguments[-1]} (output above)")
@@ -134,13 +135,15 @@ class Job:
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """One build at a time in `folder`."""
+    import fcntl  # not on Windows, where Compiler has refused already
+
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-class build_native(build_ext):
+class BuildNative(build_ext):
     """Compiles `engine._native`; anything that prevents it becomes one warning."""
 
     def build_extension(self, ext: Extension) -> None:
@@ -180,5 +183,5 @@ os.chdir(ROOT)
 sources = [str(SOURCE_DIR / name) for name in COMMON_SOURCES + KERNEL_SOURCES]
 setup(
     ext_modules=[Extension("engine._native", sources, optional=True, language="c++")],
-    cmdclass={"build_ext": build_native},
+    cmdclass={"build_ext": BuildNative},
 )

@@ -26,11 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import _native
+from engine._native import KVCache, PackedWeight
 from engine.core import Batch
 from engine.ops.contract import Array
 from engine.ops.cpu.threads import default_threads
-
-PackedWeight = _native.PackedWeight
 
 _ALIGNMENT = 64  # bytes: a cache line, an AVX-512 register
 
@@ -98,7 +97,7 @@ class CpuOps:
 
     def new_kv_cache(
         self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
-    ) -> Any:
+    ) -> KVCache:
         return _native.new_kv_cache(num_layers, num_blocks, num_kv_heads, head_dim, np.dtype(dtype))
 
     def rope_and_cache(
@@ -106,7 +105,7 @@ class CpuOps:
         qkv: Array,
         rope_table: NDArray[np.float32],
         batch: Batch,
-        cache: Any,
+        cache: KVCache,
         layer: int,
         *,
         q_norm: NDArray[np.float32] | None,
@@ -119,9 +118,8 @@ class CpuOps:
         return out
 
     def attention(
-        self, q: Array, batch: Batch, cache: Any, layer: int, *, scale: float, window: int | None, out: Array
+        self, q: Array, batch: Batch, cache: KVCache, layer: int, *, scale: float, window: int | None, out: Array
     ) -> Array:
-        self._native.attention(
-            q, batch.positions, batch.query_start, batch.context_lens, batch.block_tables, cache, layer, scale, window, out
-        )
+        rows, contexts = (batch.positions, batch.query_start), (batch.context_lens, batch.block_tables)
+        self._native.attention(q, *rows, *contexts, cache, layer, scale, window, out)
         return out

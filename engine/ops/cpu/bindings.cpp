@@ -59,6 +59,7 @@ Matrix matrix(const py::array& array, const char* name) {
     const DType type = dtype_of(array, name);
     if (array.ndim() != 2) reject(std::string(name) + " must have 2 dimensions, not " + describe(array));
     const int64_t size = size_of(type), rows = array.shape(0), columns = array.shape(1);
+    if (rows == 0 || columns == 0) return {nullptr, type, rows, columns, columns};  // NumPy's strides mean nothing then
     const int64_t stride = rows > 1 ? array.strides(0) : columns * size;
     if ((columns > 1 && array.strides(1) != size) || stride % size || stride < columns * size)
         reject(std::string(name) + " must have contiguous, non-overlapping rows; it is " + describe(array));

@@ -1,0 +1,75 @@
+"""Types of the compiled extension; what the operations compute is in engine/ops/contract.py."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.ops.contract import Array
+
+kv_block_size: int
+
+def isa_names() -> list[str]: ...
+def new_kv_cache(
+    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+) -> KVCache: ...
+
+@final
+class PackedWeight:
+    @property
+    def N(self) -> int: ...
+    @property
+    def K(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def shard_rows(self) -> tuple[int, ...]: ...
+
+@final
+class KVCache:
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def tiles(self, layer: int) -> NDArray[np.uint8]: ...
+
+@final
+class Backend:
+    def __init__(self, threads: int, isa: str) -> None: ...
+    def pack_weight(self, shards: Sequence[Array]) -> PackedWeight: ...
+    def linear(
+        self, x: Array, weight: PackedWeight, out: Array, bias: NDArray[np.float32] | None, residual: Array | None
+    ) -> None: ...
+    def all_finite(self, array: Array) -> bool: ...
+    def embed(self, table: Array, token_ids: NDArray[np.int32], out: Array) -> None: ...
+    def rms_norm(self, x: Array, weight: NDArray[np.float32], eps: float, out: Array) -> None: ...
+    def silu_mul(self, gate_up: Array, out: Array) -> None: ...
+    def rope_and_cache(
+        self,
+        qkv: Array,
+        rope_table: NDArray[np.float32],
+        positions: NDArray[np.int32],
+        slot_mapping: NDArray[np.int32],
+        cache: KVCache,
+        layer: int,
+        q_norm: NDArray[np.float32] | None,
+        k_norm: NDArray[np.float32] | None,
+        eps: float,
+        out: Array,
+    ) -> None: ...
+    def attention(
+        self,
+        q: Array,
+        positions: NDArray[np.int32],
+        query_start: NDArray[np.int32],
+        context_lens: NDArray[np.int32],
+        block_tables: NDArray[np.int32],
+        cache: KVCache,
+        layer: int,
+        scale: float,
+        window: int | None,
+        out: Array,
+    ) -> None: ...
