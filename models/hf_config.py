@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import ModelConfig
+from engine.json_file import brief
 from engine.models.fields import Fields
 from engine.models.rope_config import read_rope
 
@@ -164,7 +165,7 @@ def windows_from_layer_types(fields: Fields, count: int, window: int | None) -> 
         fields.fail(f"layer_types has {len(kinds)} entries for {count} layers")
     for kind in kinds:
         if kind not in _WINDOW_KINDS:
-            fields.fail(f"layer_types asks for {kind!a}, not supported; supported: {', '.join(_WINDOW_KINDS)}")
+            fields.fail(f"layer_types asks for {brief(kind)}, not supported; supported: {', '.join(_WINDOW_KINDS)}")
     if window is None and "sliding_attention" in kinds:
         fields.fail("layer_types asks for sliding_attention, but no sliding_window is in force")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -200,4 +201,4 @@ def _refuse_quantized(fields: Fields) -> None:
         if key in fields:
             child = fields.child(key)
             method = child.raw("quant_method") if child else None
-            fields.fail(f"quantised checkpoints of method {method or 'unknown'!a} are not supported yet")
+            fields.fail(f"quantised checkpoints of method {brief(method or 'unknown')} are not supported yet")
