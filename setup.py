@@ -35,7 +35,7 @@ COMMON_SOURCES = (
     "bind_linear.cpp",
     "bind_rows.cpp",
     "bindings.cpp",
-    "features.cpp",
+    "cpu_features.cpp",
     "kernels.cpp",
     "kv_cache.cpp",
     "packed_weight.cpp",

@@ -5,7 +5,7 @@ The C++ beside it, in reading order:
 
     dtypes.h  simd.h          element types; sixteen fp32 lanes on every instruction set
     kernels.h  kernels.cpp    the table of kernels, compiled once per instruction set; how to add an operation
-    features.cpp              what this CPU can run
+    cpu_features.cpp          what this CPU can run
     thread_pool.*  backend.*  persistent threads, scratch memory: what one CpuOps owns
     weight_tiles.h  packed_weight.*  slabs.*   weights re-laid in tiles of 32 columns, and the memory they lie in
     kv_cache.*                the paged cache in tiles of 16 tokens

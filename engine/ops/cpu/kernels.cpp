@@ -2,7 +2,7 @@
 
 #include "kernels.h"
 
-#include "features.h"
+#include "cpu_features.h"
 
 namespace engine {
 

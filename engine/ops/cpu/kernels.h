@@ -1,7 +1,7 @@
 // The kernels of one instruction set, as a table of plain functions.
 //
 // Each kernel file is compiled once per instruction set, with ENGINE_ISA naming the namespace (portable, avx2, avx512,
-// avx512_bf16) and ENGINE_ISA_LEVEL its rank; kernels.cpp collects the results and features.cpp chooses by CPUID.
+// avx512_bf16) and ENGINE_ISA_LEVEL its rank; kernels.cpp collects the results and cpu_features.cpp chooses by CPUID.
 //
 // To add an operation: an argument struct and a line in ENGINE_KERNEL_LIST here; a file `name.cpp` with
 // `namespace engine { namespace ENGINE_ISA { void name(...) } }` and all helpers in an unnamed namespace inside; the
