@@ -150,7 +150,7 @@ class BuildNative(build_ext):
         try:
             self._build(Path(self.get_ext_fullpath(ext.name)))
         except (CompileError, OSError, ImportError) as error:
-            if os.environ.get("ENGINE_REQUIRE_NATIVE") == "1":
+            if not ext.optional:
                 raise
             self.warn(f"engine._native was not built: {error}. The engine will run on its slow NumPy path.")
 
@@ -181,7 +181,8 @@ class BuildNative(build_ext):
 
 os.chdir(ROOT)
 sources = [str(SOURCE_DIR / name) for name in COMMON_SOURCES + KERNEL_SOURCES]
+optional = os.environ.get("ENGINE_REQUIRE_NATIVE") != "1"
 setup(
-    ext_modules=[Extension("engine._native", sources, optional=True, language="c++")],
+    ext_modules=[Extension("engine._native", sources, optional=optional, language="c++")],
     cmdclass={"build_ext": BuildNative},
 )
