@@ -34,7 +34,7 @@ def windows(num_tokens: int, window: int, stride: int) -> Iterator[tuple[int, in
     With stride == window only whole windows come; with a smaller stride the last one ends at the last token.
     Raises InvalidArgument unless 1 <= stride <= window, 2 <= window, and the text fills one window.
     """
-    if not (2 <= window and 1 <= stride <= window):
+    if window < 2 or not 1 <= stride <= window:
         raise InvalidArgument(f"the stride must be in 1 … window and the window at least 2, not {stride} and {window}")
     if num_tokens < window:
         raise InvalidArgument(f"the text has {num_tokens} tokens, fewer than one window of {window}; lower the window")
