@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import random
+import signal
 import threading
 import warnings
 import weakref
@@ -23,7 +24,6 @@ import pytest
 from tiny_models import BOS, EOS, V, prompt, tensors, write_model
 from tiny_models import _write_weights as write_weights
 
-import engine.worker
 from engine import LLM, SamplingParams
 from engine.errors import (
     CapacityError,
@@ -498,6 +498,20 @@ def test_closing_wakes_a_thread_that_waits(gated: tuple[LLM, Gate]) -> None:
     assert_idle(llm)
 
 
+def test_a_stream_may_be_collected_anywhere(llm: LLM) -> None:
+    """Also by the garbage collector in a thread that is submitting at this moment, and holds the worker's lock."""
+    streams = [llm.stream("x", letters(1, max_tokens=None))]
+
+    def collect() -> None:
+        with llm._worker._gate:
+            streams.clear()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive(), "cancelling waits for a lock its own thread holds"
+
+
 def test_cancelling_after_the_end_changes_nothing(llm: LLM) -> None:
     stream = llm.stream("x", GREEDY)
     out = stream.result()
@@ -617,6 +631,7 @@ def test_a_forked_child_is_told(llm: LLM) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads is what is tested
         child = os.fork()
     if child == 0:
+        signal.alarm(20)  # ends it if it waits after all
         try:
             llm.generate("x")
             os.write(writing, b"no error")
@@ -676,7 +691,8 @@ def test_settings_that_leave_no_token_fail_their_request_alone(llm: LLM) -> None
         streams[1].result()
 
 
-def test_an_internal_error_reaches_everyone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["engine.worker.sample_row", "engine.models.decoder.Decoder.logits"])
+def test_an_internal_error_reaches_everyone(directory: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     llm = LLM(directory)
     gone = weakref.ref(llm._worker._runner._model)
     both_here = threading.Event()
@@ -685,7 +701,7 @@ def test_an_internal_error_reaches_everyone(directory: Path, monkeypatch: pytest
         assert both_here.wait(60)
         raise KeyError("a bug")
 
-    monkeypatch.setattr(engine.worker, "sample_row", broken)
+    monkeypatch.setattr(where, broken)
     streams = [llm.stream("x"), llm.stream("y")]
     both_here.set()
     for stream in streams:
