@@ -48,6 +48,8 @@ def open_model(options: argparse.Namespace) -> LLM:
     )
     if options.verbose:
         say(llm.describe())
+    elif options.device != "numpy" and llm.kernel_path.startswith("numpy"):
+        say(f"note: running on the NumPy path ({llm.kernel_path})")
     return llm
 
 
