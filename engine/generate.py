@@ -166,9 +166,9 @@ def _read_turn() -> str:
     """The next line that says something; "" at the end of input. At a terminal Ctrl-C only abandons the line."""
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     while True:
-        if at_terminal:
-            print("> ", end="", file=sys.stderr, flush=True)
         try:
+            if at_terminal:
+                print("> ", end="", file=sys.stderr, flush=True)
             line = _read_stdin(line=True)
         except KeyboardInterrupt:
             if not at_terminal:
