@@ -44,7 +44,8 @@ class CpuOps:
 
     threads: None = the physical cores this process may use. isa: one of `available_isas()`; None = the best.
     Arrays passed in need contiguous rows; rows may be further apart than they are long. Operations of one object run
-    one at a time, from whichever thread. Raises InvalidArgument for shapes, dtypes or strides that do not fit.
+    one at a time, from whichever thread. On avx512-bf16, bf16 · bf16 products take subnormal numbers for 0, as the
+    instruction does. Raises InvalidArgument for shapes, dtypes or strides that do not fit.
     """
 
     kv_block_size: int = _native.kv_block_size

@@ -34,11 +34,12 @@ constexpr int kMaxRows = 3;  // SSE2: 16 registers, four per accumulator
 constexpr int vectors_at_once(int rows) { return rows == 1 ? 2 : 1; }
 #endif
 
-constexpr int kMinTransposedRows = 6;
 constexpr int kMaxSums = kMaxRows * kTileColumns;
-constexpr int64_t kFewBlocks = 4, kGroupBlocks = 8;
-constexpr int64_t kPrefetchAhead = 8192;  // bytes
-constexpr int64_t kChunkRows = 512;  // rows re-laid at a time: bounds scratch memory and keeps x in cache
+constexpr int kMinTransposedRows = 6;     // rows from which a 16 × 16 transpose beats copying element by element
+constexpr int64_t kChunkRows = 512;       // rows re-laid at a time: bounds scratch memory
+constexpr int64_t kFewBlocks = 4;         // row blocks up to which memory is the limit, not arithmetic
+constexpr int64_t kGroupBlocks = 8;       // row blocks in one piece of work: about 30 µs at K = 1024, so threads end together
+constexpr int64_t kPrefetchAhead = 8192;  // bytes, of a tile's stream
 
 // ---- formats: what one step of a micro-kernel multiplies -----------------------------------------------------------
 // X: element of a panel, kXPerStep of them per row and step; kStepK: k per step; kVectorBytes: bytes of 16 columns per
