@@ -32,19 +32,30 @@ SOURCE_DIR = Path("engine/ops/cpu")
 COMMON_SOURCES = (
     "attention_plan.cpp",
     "bind_attention.cpp",
+    "bind_fp4.cpp",
     "bind_linear.cpp",
     "bind_rows.cpp",
     "bindings.cpp",
     "cpu_features.cpp",
     "kernels.cpp",
     "kv_cache.cpp",
+    "packed_fp4.cpp",
     "packed_weight.cpp",
     "scratch.cpp",
     "slabs.cpp",
     "thread_pool.cpp",
 )
 # Compiled once per instruction set.
-KERNEL_SOURCES = ("attention.cpp", "finite.cpp", "linear.cpp", "rope.cpp", "rows.cpp")
+KERNEL_SOURCES = (
+    "attention.cpp",
+    "finite.cpp",
+    "fp4_linear.cpp",
+    "linear.cpp",
+    "prepare_fp4.cpp",
+    "rope.cpp",
+    "rows.cpp",
+    "w4a16_linear.cpp",
+)
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 INSTRUCTION_SETS: dict[str, tuple[int, tuple[str, ...]]] = {  # namespace -> ENGINE_ISA_LEVEL, flags

@@ -9,8 +9,9 @@ Guarantees each backend gives:
 * a row's result depends on that row alone (and for attention on its own sequence), bitwise: never on T, on the other
   rows, on how a prefill was cut into chunks or on the number of threads. Hence every reduction order is a function of
   K, D or the absolute position alone;
-* `rms_norm`, `rope_and_cache`, `silu_mul` and `embed` give the same bits on every backend (their arithmetic is fixed
-  in `reference`); `linear` and `attention` may differ between backends in accumulation order only.
+* `rms_norm`, `rope_and_cache`, `silu_mul`, `embed` and the FP4 codes of `prepare_*` have the same bits on every backend
+  (their arithmetic is fixed in `reference` and `engine.ops.fp4`); `linear`, `fp4_linear`, `w4a16_linear` and
+  `attention` may differ between backends in accumulation order only.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.core import Batch
+from engine.fp4_types import Format, Fp4Matrix
+from engine.ops.fp4.split import ScaleRule
 
 Array = NDArray[Any]  # activations: float32, float16 or ml_dtypes.bfloat16
+Norm = tuple[NDArray[np.float32], float]  # an RMSNorm's weight [K] and eps
 
 
 class PackedWeight(Protocol):
@@ -35,6 +39,28 @@ class PackedWeight(Protocol):
     def K(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+
+
+class PackedFp4(Protocol):
+    """An FP4 weight [N, K] in the backend's own layout: the codes, block scales and global scales it was given."""
+
+    @property
+    def N(self) -> int: ...
+    @property
+    def K(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Fp4Operand(Protocol):
+    """Activations [T, K] in FP4. A backend's own class, its arrays named as in `SharqOperand` or `Fp4Matrix`."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def K(self) -> int: ...
+    @property
+    def g(self) -> NDArray[np.float32]: ...
 
 
 class KVCache(Protocol):
@@ -79,6 +105,64 @@ class Ops(Protocol):
         x [T, K]; bias [N]; residual [T, N] of x's dtype; out [T, N] of x's dtype or float32. Products and sums in fp32
         (a bf16 × bf16 product is exact there); bias, then residual are added in fp32 before the one rounding.
         """
+
+    def prepare_sharq(
+        self,
+        x: Array,
+        *,
+        format: Format = "nvfp4",
+        sparse: bool = True,
+        scale: ScaleRule = "token",
+        norm: Norm | None = None,
+        silu: bool = False,
+    ) -> Fp4Operand:
+        """SharQ's split of activations into backbone and residual, to the bits of `engine.ops.fp4.split`.
+
+        x [T, K] float32 or bfloat16, K a multiple of 32 (hif4: 64). norm = (weight [K], eps): of bf16(rms_norm(x));
+        silu: of bf16(silu(gate) · up), x [T, 2K] = gate | up; not both. scale: nvfp4's g per row, or one for all rows.
+        Raises NumericalError where x, or x rounded to bf16, holds NaN or infinity.
+        """
+
+    def prepare_fp4(
+        self,
+        x: Array,
+        *,
+        format: Format = "nvfp4",
+        scale: ScaleRule = "token",
+        norm: Norm | None = None,
+        silu: bool = False,
+    ) -> Fp4Operand:
+        """Activations in one path: nvfp4 in blocks of 16, mxfp4 32, hif4 64. Parameters as for `prepare_sharq`."""
+
+    def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> PackedFp4:
+        """Lay [N_i, K] shards (one format, K and block) out for `fp4_linear`; each row keeps its own g."""
+
+    def fp4_linear(
+        self,
+        operand: Any,
+        weight: Any,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        """out = (backbone + residual path) · weightᵀ · g · g_w + bias + residual; the weight's format is the operand's.
+
+        operand: from this backend's `prepare_*`, or a `SharqOperand` or `Fp4Matrix`; weight: from its `pack_fp4`. out
+        [T, N] of any activation dtype; bias [N]; residual [T, N] of out's dtype, may be out itself. Dot products are
+        exact integers within a group of k, fp32 across groups and paths, then one rounding.
+        """
+
+    def w4a16_linear(
+        self,
+        x: Array,
+        weight: Any,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        """The same with activations x [T, K] as they are: out = x · (weight's values)ᵀ + bias + residual."""
 
     def embed(self, table: Array, token_ids: NDArray[np.int32], *, out: Array) -> Array:
         """out[t] = table[token_ids[t]]; table [V, C], converted to out's dtype [T, C]."""

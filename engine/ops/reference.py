@@ -20,11 +20,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.core import Batch
-from engine.ops.contract import Array
+from engine.errors import InvalidArgument, NumericalError
+from engine.fp4_types import BLOCKS, Format, Fp4Matrix, SharqOperand
+from engine.ops.contract import Array, Norm
+from engine.ops.fp4 import blocks, product
+from engine.ops.fp4.elements import pack
+from engine.ops.fp4.split import ScaleRule, scaled_rows, split
 
 F32 = NDArray[np.float32]
 
@@ -145,6 +151,25 @@ class ReferenceWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class ReferenceFp4Weight:
+    """All shards one after the other, as they are."""
+
+    matrix: Fp4Matrix
+
+    @property
+    def N(self) -> int:
+        return self.matrix.rows
+
+    @property
+    def K(self) -> int:
+        return self.matrix.K
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class ReferenceKVCache:
     """Token-major: slot `block * block_size + offset` of a layer is row [block, offset]."""
 
@@ -203,6 +228,80 @@ class ReferenceOps:
                 y += _f32(residual[t])
             out[t] = y
         return out
+
+    def prepare_sharq(
+        self,
+        x: Array,
+        *,
+        format: Format = "nvfp4",
+        sparse: bool = True,
+        scale: ScaleRule = "token",
+        norm: Norm | None = None,
+        silu: bool = False,
+    ) -> SharqOperand:
+        return split(*self._fp4_rows(x, format, scale, norm, silu), format=format, sparse=sparse)
+
+    def prepare_fp4(
+        self,
+        x: Array,
+        *,
+        format: Format = "nvfp4",
+        scale: ScaleRule = "token",
+        norm: Norm | None = None,
+        silu: bool = False,
+    ) -> Fp4Matrix:
+        rows, g = self._fp4_rows(x, format, scale, norm, silu)
+        codes, scales = blocks.quantize(rows, blocks.block_format(format))
+        return Fp4Matrix(format, pack(codes), scales, g)
+
+    def _fp4_rows(self, x: Array, format: Format, scale: ScaleRule, norm: Norm | None, silu: bool) -> tuple[F32, F32]:
+        """The rows [T, K] to quantise, bf16 values over g, and g [T]."""
+        T, K = x.shape[0], x.shape[1] // (2 if silu else 1)
+        if K == 0 or K % BLOCKS[format][-1]:
+            raise InvalidArgument(f"K must be a positive multiple of {BLOCKS[format][-1]}, not {K}")
+        if norm is not None:
+            x = self.rms_norm(x, *norm, out=np.empty((T, K), ml_dtypes.bfloat16))
+        elif silu:
+            x = self.silu_mul(x, out=np.empty((T, K), ml_dtypes.bfloat16))
+        if not np.isfinite(x).all():
+            raise NumericalError("x holds NaN or infinity; FP4 has codes for neither")
+        rows, g = scaled_rows(_f32(x), format, scale)
+        if not np.isfinite(rows).all():
+            raise NumericalError("x rounded to bfloat16 holds infinity; FP4 has no code for it")
+        return rows, g
+
+    def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> ReferenceFp4Weight:
+        payload, scale, g = (np.concatenate([getattr(s, name) for s in shards]) for name in ("payload", "scale", "g"))
+        return ReferenceFp4Weight(Fp4Matrix(shards[0].format, payload, scale, g))
+
+    def fp4_linear(
+        self,
+        operand: SharqOperand | Fp4Matrix,
+        weight: ReferenceFp4Weight,
+        *,
+        out: Array,
+        bias: F32 | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        return _finish(product.matmul(operand, weight.matrix), bias, residual, out)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def w4a16_linear(
+        self,
+        x: Array,
+        weight: ReferenceFp4Weight,
+        *,
+        out: Array,
+        bias: F32 | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        values = product.block_values(weight.matrix)
+        row = self.empty((weight.K,), np.dtype(np.float32))  # as in linear
+        y = np.empty(out.shape, np.float32)
+        for t in range(x.shape[0]):
+            row[:] = x[t]
+            y[t] = (values @ row) * weight.matrix.g
+        return _finish(y, bias, residual, out)
 
     @np.errstate(over="ignore")
     def embed(self, table: Array, token_ids: NDArray[np.int32], *, out: Array) -> Array:
@@ -281,6 +380,17 @@ class ReferenceOps:
                 weights = _softmax(scale * (rows[t] @ k[:, start:stop].transpose(0, 2, 1)))
                 out[t] = (weights @ v[:, start:stop]).astype(np.float32).reshape(-1)
         return out
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _finish(y: F32, bias: F32 | None, residual: Array | None, out: Array) -> Array:
+    """out = y + bias + residual, rounded once."""
+    if bias is not None:
+        y = y + bias
+    if residual is not None:
+        y = y + _f32(residual)
+    out[...] = y
+    return out
 
 
 def _gather(pages: Array, block_table: NDArray[np.int32], context_len: int) -> NDArray[np.float64]:

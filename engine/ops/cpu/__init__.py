@@ -11,6 +11,9 @@ The C++ beside it, in reading order:
     kv_cache.*                the paged cache in tiles of 16 tokens
     fp32_math.h               arithmetic that `engine.ops.reference` fixes to the last bit
     linear.cpp  rows.cpp …    the kernels, one operation or family per file
+    fp4_tiles.h  packed_fp4.*  fp4_args.h      FP4 weights in tiles; operands
+    prepare_fp4.cpp  fp4_quantize.h  fp4_lanes.h   activations into FP4, bit for bit `engine.ops.fp4`
+    fp4_linear.cpp  w4a16_linear.cpp  fp4_dot.h  fp4_epilogue.h   products with FP4 weights
     attention_plan.*          how attention is shared out among threads
     bindings.*  bind_*.cpp    argument checks and the Python interface
 
@@ -26,10 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import _native
-from engine._native import KVCache, PackedWeight
+from engine._native import KVCache, PackedFp4, PackedWeight, PreparedOperand
 from engine.core import Batch
-from engine.ops.contract import Array
+from engine.fp4_types import Format, Fp4Matrix, SharqOperand
+from engine.ops.contract import Array, Norm
 from engine.ops.cpu.threads import default_threads
+from engine.ops.fp4.split import ScaleRule
 
 _ALIGNMENT = 64  # bytes: a cache line, an AVX-512 register
 
@@ -82,6 +87,67 @@ class CpuOps:
         residual: Array | None = None,
     ) -> Array:
         self._native.linear(x, weight, out, bias, residual)
+        return out
+
+    def prepare_sharq(
+        self,
+        x: Array,
+        *,
+        format: Format = "nvfp4",
+        sparse: bool = True,
+        scale: ScaleRule = "token",
+        norm: Norm | None = None,
+        silu: bool = False,
+    ) -> PreparedOperand:
+        return self._prepare(x, format, 2, sparse, scale, norm, silu)
+
+    def prepare_fp4(
+        self,
+        x: Array,
+        *,
+        format: Format = "nvfp4",
+        scale: ScaleRule = "token",
+        norm: Norm | None = None,
+        silu: bool = False,
+    ) -> PreparedOperand:
+        return self._prepare(x, format, 1, False, scale, norm, silu)
+
+    def _prepare(
+        self, x: Array, format: Format, paths: int, sparse: bool, scale: ScaleRule, norm: Norm | None, silu: bool
+    ) -> PreparedOperand:
+        weight, eps = norm or (None, 0.0)
+        operand = self._native.prepare_fp4(x, format, paths, sparse, weight, eps, silu, 0.0)
+        if scale == "token":
+            return operand
+        # g grows with a row's largest magnitude, so the largest g is the whole tensor's. The paper's rule is here to
+        # be compared with; doing the work twice keeps the kernel free of it.
+        return self._native.prepare_fp4(x, format, paths, sparse, weight, eps, silu, float(operand.g.max(initial=0)))
+
+    def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> PackedFp4:
+        return self._native.pack_fp4(shards)
+
+    def fp4_linear(
+        self,
+        operand: PreparedOperand | SharqOperand | Fp4Matrix,
+        weight: PackedFp4,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        self._native.fp4_linear(operand, weight, out, bias, residual)
+        return out
+
+    def w4a16_linear(
+        self,
+        x: Array,
+        weight: PackedFp4,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        self._native.w4a16_linear(x, weight, out, bias, residual)
         return out
 
     def embed(self, table: Array, token_ids: NDArray[np.int32], *, out: Array) -> Array:

@@ -109,4 +109,5 @@ PYBIND11_MODULE(_native, module) {
     bind_linear(module, backend);
     bind_rows(backend);
     bind_attention(module, backend);
+    bind_fp4(module, backend);
 }

@@ -57,5 +57,6 @@ using BackendClass = py::class_<Backend>;
 void bind_linear(py::module_& module, BackendClass& backend);
 void bind_rows(BackendClass& backend);
 void bind_attention(py::module_& module, BackendClass& backend);
+void bind_fp4(py::module_& module, BackendClass& backend);
 
 }  // namespace engine

@@ -14,6 +14,7 @@
 
 #include "attention_args.h"
 #include "dtypes.h"
+#include "fp4_args.h"
 #include "row_args.h"
 #include "scratch.h"
 #include "thread_pool.h"
@@ -45,7 +46,10 @@ struct LinearArgs {
     KERNEL(void, rms_norm, (const RmsNormArgs&, ThreadPool&))                      \
     KERNEL(void, silu_mul, (const SiluMulArgs&, ThreadPool&))                      \
     KERNEL(void, rope_and_cache, (const RopeArgs&, ThreadPool&))                   \
-    KERNEL(void, attention, (const AttentionArgs&, ThreadPool&, Scratch&))
+    KERNEL(void, attention, (const AttentionArgs&, ThreadPool&, Scratch&))         \
+    KERNEL(bool, prepare_fp4, (const PrepareArgs&, ThreadPool&, Scratch&))         \
+    KERNEL(void, fp4_linear, (const Fp4LinearArgs&, ThreadPool&, Scratch&))        \
+    KERNEL(void, w4a16_linear, (const W4a16Args&, ThreadPool&, Scratch&))
 
 struct Kernels {
     const char* isa;

@@ -1,0 +1,63 @@
+// Arguments of the FP4 operations: activations split into FP4 operands, FP4 weights in tiles, and their products.
+// What the bits mean is defined by engine/ops/fp4. Strides are elements from row to row.
+#pragma once
+
+#include "dtypes.h"
+
+namespace engine {
+
+enum class Fp4Format : int32_t { nvfp4, mxfp4, hif4 };
+
+// An operand [T, K] in the canonical, unpadded arrays of engine/fp4_types.py. Path 0 is the backbone or the only path,
+// path 1 the residual.
+struct Fp4Operand {
+    Fp4Format format;
+    int64_t T, K;
+    int paths;                // 1 or 2
+    bool sparse;              // path 0 keeps half: compressed codes and meta
+    const float* g;           // [T]
+    const uint8_t* codes[2];  // [T, K/2]; sparse [T, K/4]
+    const uint8_t* meta;      // sparse: [T, K/16], hif4 [T, K/8]; else null
+    const void* scale[2];     // [T, K/block], uint8 or (hif4) uint32
+    int block[2];             // k per scale: 16, 32 or 64
+};
+
+// Writes the arrays of `to` (its pointers are then to writable memory) from x. Answers whether all numbers were finite
+// and stayed so when rounded to bf16; if not, the arrays hold nothing of use.
+struct PrepareArgs {
+    const void* x;  // [T, K]; silu: [T, 2K] = gate | up
+    DType x_type;   // f32 or bf16
+    int64_t x_stride;
+    const float* norm_weight;  // [K]: what is split is bf16(rms_norm(x) · weight); or null
+    float eps;
+    bool silu;      // what is split is bf16(silu(gate) · up)
+    float fixed_g;  // every row's g; 0: each row's own by the rule
+    Fp4Operand to;
+};
+
+// out [T, N] = operand · wᵀ · g · g_w + bias [N] + residual [T, N]
+struct Fp4LinearArgs {
+    Fp4Operand x;
+    const void* w;         // tiles, see fp4_tiles.h
+    const float* w_g;      // [N] and zeros up to a whole tile
+    int w_block;           // k per scale: nvfp4 16 or 32, mxfp4 32, hif4 64
+    int64_t N;
+    const float* bias;     // or null
+    const void* residual;  // out_type, or null; may be out itself
+    int64_t residual_stride;
+    void* out;
+    DType out_type;
+    int64_t out_stride;
+};
+
+// The same with x [T, K] as it is.
+struct W4a16Args {
+    const void* x;
+    DType x_type;
+    int64_t x_stride;
+    int64_t T, K;
+    Fp4Format w_format;
+    Fp4LinearArgs product;  // its x is not used
+};
+
+}  // namespace engine

@@ -1,0 +1,254 @@
+// prepare_fp4: rows of activations into FP4 operands, bit for bit what engine/ops/fp4/split.py defines.
+//
+// A row is made once (loaded, or normalised, or silu(gate) · up rounded to bf16) into a thread's buffer, which the cache
+// keeps; its largest magnitude is found on the way. Then chunks of 32 k (HiF4: 64) go from there to their codes in
+// registers: mask, backbone, residual.
+
+#include "fp4_quantize.h"
+#include "kernels.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+namespace {
+
+constexpr int64_t kGrainElements = 8192;  // elements a thread takes at a time
+constexpr int32_t kInfinity = 0x7f800000;
+constexpr int32_t kBeyondBf16 = 0x7f7f8000;  // fp32 numbers from here on round to bf16's infinity
+
+// ---- rows ----------------------------------------------------------------------------------------------------------
+// Each fills row [K] and returns the largest magnitude's bits; infinity and NaN are larger than any number's.
+
+template <class T>
+int32_t load_row(const T* x, float* row, int64_t K) {
+    I32x16 largest = broadcast_i32(0);
+    for (int64_t k = 0; k < K; k += kLanes) {
+        const F32x16 v = load(x + k);
+        largest = max(largest, float_to_bits(abs(v)));
+        store(row + k, v);
+    }
+    return largest_lane(largest);
+}
+
+template <class T>
+int32_t norm_row(const T* x, const float* weight, float eps, float* row, int64_t K) {
+    const F32x16 scale = broadcast(inverse_rms(x, K, eps));
+    I32x16 largest = broadcast_i32(0);
+    for (int64_t k = 0; k < K; k += kLanes) {
+        const F32x16 v = (load(x + k) * scale) * load(weight + k);
+        largest = max(largest, float_to_bits(abs(v)));
+        store(row + k, rounded_to_bf16(v));
+    }
+    return largest_lane(largest);
+}
+
+template <class T>
+int32_t silu_row(const T* gate, const T* up, float* row, int64_t K) {
+    I32x16 largest = broadcast_i32(0);
+    for (int64_t k = 0; k < K; k += kLanes) {
+        const F32x16 g = load(gate + k);
+        const F32x16 v = (g / (broadcast(1.0f) + exp32(negate(g)))) * load(up + k);
+        largest = max(largest, float_to_bits(abs(v)));
+        store(row + k, rounded_to_bf16(v));
+    }
+    return largest_lane(largest);
+}
+
+template <class T>
+int32_t make_row(const PrepareArgs& a, int64_t t, float* row) {
+    const T* x = static_cast<const T*>(a.x) + t * a.x_stride;
+    if (a.silu) return silu_row(x, x + a.to.K, row, a.to.K);
+    if (a.norm_weight) return norm_row(x, a.norm_weight, a.eps, row, a.to.K);
+    return load_row(x, row, a.to.K);
+}
+
+// ---- the mask --------------------------------------------------------------------------------------------------------
+
+// Which of each four neighbouring scores are among the best two, the first of equals winning.
+static inline uint32_t best_two_of_four(F32x16 score) {
+    const F32x16 next = rotate_in_fours<1>(score), opposite = rotate_in_fours<2>(score), last = rotate_in_fours<3>(score);
+    // Where the rotation wrapped around, the other score comes first and wins a tie.
+    const uint32_t a = greater(next, score) | (at_least(next, score) & 0x8888);
+    const uint32_t b = greater(opposite, score) | (at_least(opposite, score) & 0xcccc);
+    const uint32_t c = greater(last, score) | (at_least(last, score) & 0xeeee);
+    return ~((a & b) | (a & c) | (b & c)) & 0xffff;
+}
+
+// Bits of four candidates, two of them set, to i0 | i1 << 2.
+constexpr uint8_t kMeta[16] = {0, 0, 0, 0x4, 0, 0x8, 0x9, 0, 0, 0xc, 0xd, 0, 0xe, 0, 0, 0};
+
+// Every bit of the 16 twice.
+static inline uint32_t doubled(uint32_t bits) {
+    bits = (bits | bits << 8) & 0x00ff00ff;
+    bits = (bits | bits << 4) & 0x0f0f0f0f;
+    bits = (bits | bits << 2) & 0x33333333;
+    bits = (bits | bits << 1) & 0x55555555;
+    return bits | bits << 1;
+}
+
+// ---- chunks ----------------------------------------------------------------------------------------------------------
+
+// One path of a chunk of V vectors, one scale every B: values, payload (one word per vector) and scales.
+template <class Format, int V, int B>
+static inline void quantize_chunk(const F32x16 (&x)[V], F32x16 (&value)[V], uint64_t (&payload)[V],
+                                  typename Format::Scale* scale) {
+    for (int first = 0; first < V; first += B) {
+        F32x16 block[B], decoded[B];
+        I32x16 code[B];
+        for (int i = 0; i < B; ++i) block[i] = x[first + i];
+        scale[first / B] = Format::quantize(block, code, decoded);
+        for (int i = 0; i < B; ++i) {
+            value[first + i] = decoded[i];
+            payload[first + i] = nibbles(code[i]);
+        }
+    }
+}
+
+// Pairs of neighbours are bytes of the payload: a chunk of eight k keeps two of four bytes. 16 k here.
+static inline void store_kept_pairs(uint64_t payload, uint32_t kept, uint8_t* codes, uint8_t* meta) {
+    const uint32_t first = kMeta[kept & 15], second = kMeta[kept >> 4 & 15];
+    const uint64_t low = payload & 0xffffffff, high = payload >> 32;
+    codes[0] = static_cast<uint8_t>(low >> 8 * (first & 3));
+    codes[1] = static_cast<uint8_t>(low >> 8 * (first >> 2));
+    codes[2] = static_cast<uint8_t>(high >> 8 * (second & 3));
+    codes[3] = static_cast<uint8_t>(high >> 8 * (second >> 2));
+    *meta = static_cast<uint8_t>(first | second << 4);
+}
+
+// HiF4: a chunk of four k keeps two of four nibbles. 16 k here.
+static inline void store_kept_elements(uint64_t payload, uint32_t kept, uint8_t* codes, uint8_t* meta) {
+    for (int c = 0; c < 4; ++c) {
+        const uint32_t chosen = kMeta[kept >> 4 * c & 15], chunk = static_cast<uint32_t>(payload >> 16 * c);
+        codes[c] = static_cast<uint8_t>((chunk >> 4 * (chosen & 3) & 15) | (chunk >> 4 * (chosen >> 2) & 15) << 4);
+        meta[c / 2] = static_cast<uint8_t>(c % 2 ? meta[c / 2] | chosen << 4 : chosen);
+    }
+}
+
+// Where the next chunk's results go.
+template <class Format>
+struct RowOut {
+    uint8_t *codes[2], *meta;
+    typename Format::Scale* scale[2];
+
+    RowOut(const Fp4Operand& to, int64_t t) {
+        for (int p = 0; p < to.paths; ++p) {
+            const int64_t row_codes = p == 0 && to.sparse ? to.K / 4 : to.K / 2;
+            codes[p] = const_cast<uint8_t*>(to.codes[p]) + t * row_codes;
+            scale[p] = static_cast<typename Format::Scale*>(const_cast<void*>(to.scale[p])) + t * (to.K / to.block[p]);
+        }
+        if (to.sparse) meta = const_cast<uint8_t*>(to.meta) + t * (to.K / (to.format == Fp4Format::hif4 ? 8 : 16));
+    }
+    template <int V>
+    void put_payload(int p, const uint64_t (&payload)[V]) {
+        std::memcpy(codes[p], payload, sizeof payload);
+        codes[p] += sizeof payload;
+    }
+};
+
+enum class Mode { single, dense, sparse };
+
+// Step 2 for a chunk: what is kept of x, and which candidates those are (16 bits a vector of candidates).
+template <class Format, int V>
+static inline void mask_chunk(const F32x16 (&x)[V], F32x16 (&kept_x)[V], uint32_t (&kept)[V]) {
+    if constexpr (V == 2) {  // candidates are pairs
+        const uint32_t pairs = best_two_of_four(max_of_neighbours(abs(x[0]), abs(x[1]))), elements = doubled(pairs);
+        for (int v = 0; v < 2; ++v) {
+            kept[v] = pairs >> 8 * v & 0xff;
+            kept_x[v] = keep(elements >> 16 * v & 0xffff, x[v]);
+        }
+    } else {  // elements
+        for (int v = 0; v < V; ++v) {
+            kept[v] = best_two_of_four(abs(x[v]));
+            kept_x[v] = keep(kept[v], x[v]);
+        }
+    }
+}
+
+// Steps 2 to 4 for a chunk of V vectors; scales every B0 vectors in path 0, every B1 in path 1.
+template <class Format, Mode mode, int V, int B0, int B1>
+static inline void split_chunk(const F32x16 (&x)[V], RowOut<Format>& out) {
+    F32x16 kept_x[V], value[V], rest[V];
+    uint64_t payload[V];
+    uint32_t kept[V];
+    if constexpr (mode == Mode::sparse) mask_chunk<Format, V>(x, kept_x, kept);
+    quantize_chunk<Format, V, B0>(mode == Mode::sparse ? kept_x : x, value, payload, out.scale[0]);
+    out.scale[0] += V / B0;
+    if constexpr (mode != Mode::sparse) {
+        out.put_payload(0, payload);
+    } else if constexpr (V == 2) {
+        for (int v = 0; v < V; ++v) store_kept_pairs(payload[v], kept[v], out.codes[0] + 4 * v, out.meta + v);
+        out.codes[0] += 8;
+        out.meta += 2;
+    } else {
+        for (int v = 0; v < V; ++v) store_kept_elements(payload[v], kept[v], out.codes[0] + 4 * v, out.meta + 2 * v);
+        out.codes[0] += 16;
+        out.meta += 8;
+    }
+    if constexpr (mode != Mode::single) {
+        for (int v = 0; v < V; ++v) rest[v] = x[v] - value[v];
+        quantize_chunk<Format, V, B1>(rest, value, payload, out.scale[1]);
+        out.scale[1] += V / B1;
+        out.put_payload(1, payload);
+    }
+}
+
+template <class Format, Mode mode, int V, int B0, int B1>
+void split_row(const float* row, float g, const Fp4Operand& to, int64_t t) {
+    RowOut<Format> out(to, t);
+    const F32x16 divisor = broadcast(g);
+    for (int64_t k = 0; k < to.K; k += V * kLanes) {
+        F32x16 x[V];
+        for (int v = 0; v < V; ++v) {
+            x[v] = load(row + k + v * kLanes);
+            x[v] = rounded_to_bf16(Format::kGlobalScale ? x[v] / divisor : x[v]);
+        }
+        split_chunk<Format, mode, V, B0, B1>(x, out);
+    }
+}
+
+using SplitRow = void (*)(const float* row, float g, const Fp4Operand& to, int64_t t);
+
+template <class Format, int V, int B>
+SplitRow split_with_one_block(const Fp4Operand& to) {
+    if (to.paths == 1) return &split_row<Format, Mode::single, V, B, B>;
+    return to.sparse ? &split_row<Format, Mode::sparse, V, B, B> : &split_row<Format, Mode::dense, V, B, B>;
+}
+
+SplitRow split_of(const Fp4Operand& to) {
+    if (to.format == Fp4Format::mxfp4) return split_with_one_block<Mxfp4, 2, 2>(to);
+    if (to.format == Fp4Format::hif4) return split_with_one_block<Hif4, 4, 4>(to);
+    if (to.paths == 1) return &split_row<Nvfp4, Mode::single, 2, 1, 1>;
+    return to.sparse ? &split_row<Nvfp4, Mode::sparse, 2, 2, 1> : &split_row<Nvfp4, Mode::dense, 2, 1, 1>;
+}
+
+static inline float global_scale(const PrepareArgs& a, float amax) {
+    if (a.to.format != Fp4Format::nvfp4) return 1.0f;
+    if (a.fixed_g != 0) return a.fixed_g;
+    const float g = amax / 2688.0f;  // 6 · 448: the row's largest magnitude becomes the format's
+    return g > 1e-9f ? g : 1e-9f;
+}
+
+}  // namespace
+
+bool prepare_fp4(const PrepareArgs& a, ThreadPool& pool, Scratch& scratch) {
+    const Fp4Operand& to = a.to;
+    const SplitRow split = split_of(to);
+    const bool fused = a.silu || a.norm_weight;
+    const int32_t limit = fused || to.format != Fp4Format::nvfp4 ? kBeyondBf16 : kInfinity;
+    float* rows = static_cast<float*>(scratch.reserve(static_cast<size_t>(pool.threads() * to.K) * sizeof(float)));
+    int bad = 0;  // only ever set to 1, by any thread, and read after the loop
+    pool.parallel_for(to.T, max_of(1, kGrainElements / to.K), [&](int64_t begin, int64_t end, int thread) {
+        float* row = rows + thread * to.K;
+        for (int64_t t = begin; t < end; ++t) {
+            const int32_t largest = a.x_type == DType::f32 ? make_row<float>(a, t, row) : make_row<bf16>(a, t, row);
+            if (largest >= limit) return __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
+            const F32x16 amax = broadcast(bits_float(static_cast<uint32_t>(largest)));
+            const float g = global_scale(a, first_lane(fused ? rounded_to_bf16(amax) : amax));  // rounding is monotonic
+            const_cast<float*>(to.g)[t] = g;
+            split(row, g, to, t);
+        }
+    });
+    return !bad;
+}
+
+}  // namespace ENGINE_ISA
+}  // namespace engine
