@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --revision, --device, --threads, --dtype, --max-model-len, -v."""
+    """Which model, on what, in which precision, and -v."""
     group = parser.add_argument_group("model and device")
     group.add_argument("--model", default="demo", help="directory, repo id or alias (default: %(default)s)")
     group.add_argument("--revision", help="branch, tag or commit of a Hugging Face repo")
@@ -30,6 +30,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
     group.add_argument("--dtype", default="auto", help="activations: auto | bfloat16 | float16 | float32")
     group.add_argument("--max-model-len", type=int, help="longest sequence, prompt and answer together, in tokens")
+    group.add_argument("--quant", default="bf16", help="bf16 (as stored) | w4a16 | nvfp4 | mxfp4 | hif4 | sharq | …")
+    group.add_argument("--grade", default="sweep", help="weight scales: rtn | 4over6 | sweep (default: %(default)s)")
+    group.add_argument("--quant-fallback", help="bf16: layers that do not fit the method stay as stored")
+    group.add_argument("--sharq-scale", default="token", help="token | tensor (the paper's; depends on the batch)")
+    group.add_argument("--sharq-compat", action="store_true", help="round to bf16 between the paths, as the paper")
     group.add_argument("-v", "--verbose", action="store_true", help="say what was chosen; tracebacks on errors")
 
 
@@ -44,6 +49,11 @@ def open_model(options: argparse.Namespace) -> LLM:
         threads=options.threads,
         dtype=options.dtype,
         max_model_len=options.max_model_len,
+        quant=options.quant,
+        grade=options.grade,
+        quant_fallback=options.quant_fallback,
+        sharq_scale=options.sharq_scale,
+        sharq_compat=options.sharq_compat,
         progress=True,
     )
     if options.verbose:

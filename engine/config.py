@@ -68,6 +68,17 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)  # no slots, for the same reason as below
+class QuantConfig:
+    """How linear layers store weights and take activations; `engine.quant.registry` knows the names."""
+
+    method: str = "bf16"  # as stored
+    grade: str = "sweep"  # how a weight's block scales are chosen
+    fallback: str | None = None  # what layers do whose K does not fit: None refuses them, "bf16" leaves them as stored
+    scale: str = "token"  # SharQ's global scale: one per token, or the paper's one per tensor
+    compat: bool = False  # round to bf16 between SharQ's paths, as the paper's code does
+
+
 @dataclass(frozen=True)  # no slots: `LLM` takes its defaults from the class's attributes
 class EngineConfig:
     """How the engine runs a model. None means "choose, and report under verbose".

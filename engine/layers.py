@@ -93,7 +93,7 @@ class Linear:
         self, context: Context, method: LinearMethod, shards: dict[str, int], K: int, *, bias: bool, role: str
     ) -> None:
         self._context = context
-        self._method = method
+        self._method = method.for_layer(next(iter(shards)), K)
         self._shards = shards  # name -> N_i
         self._K = K
         self._role = role

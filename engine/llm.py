@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from engine.blocks import BlockPool
 from engine.chat_template import ChatTemplate
-from engine.config import EngineConfig
+from engine.config import EngineConfig, QuantConfig
 from engine.core import RequestOutput, SamplingParams, StreamPiece
 from engine.errors import (
     CapacityError,
@@ -35,6 +35,7 @@ from engine.memory import available_memory
 from engine.models.registry import read_config
 from engine.ops.backends import select_backend
 from engine.progress import progress_bar
+from engine.quant.registry import FP4_METHODS, check_quant
 from engine.request import Request
 from engine.runner import ModelRunner, activation_dtype, load_model, plan_cache, sequence_length
 from engine.sampler import check_against_vocab, resolve_seed
@@ -53,6 +54,8 @@ class LLM:
     model: "demo" (bundled), an alias such as "qwen2.5-7b", a Hugging Face repo id, or a directory.
     device, dtype, max_model_len, threads, max_num_seqs, max_num_batched_tokens, kv_cache_bytes,
     enable_prefix_caching: see `EngineConfig`; None or "auto" chooses, and `describe()` tells what was chosen.
+    quant, grade, quant_fallback, sharq_scale, sharq_compat: how linear layers store weights and take activations, see
+    `QuantConfig` and `engine.quant.registry`.
     use_generation_config: whether sampling fields left None take the checkpoint's generation_config.json values.
     progress: bars on stderr, where that is a terminal, while downloading and loading.
     Raises ModelNotFound, ConfigError, WeightsError, TokenizerError, DeviceError, CapacityError, InvalidArgument.
@@ -72,6 +75,11 @@ class LLM:
         kv_cache_bytes: int | None = None,
         enable_prefix_caching: bool = True,
         use_generation_config: bool = True,
+        quant: str = QuantConfig.method,
+        grade: str = QuantConfig.grade,
+        quant_fallback: str | None = None,
+        sharq_scale: str = QuantConfig.scale,
+        sharq_compat: bool = False,
         progress: bool = False,
     ) -> None:
         engine = EngineConfig(
@@ -84,6 +92,8 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             threads=threads,
         )
+        self.quant = QuantConfig(quant, grade, quant_fallback, sharq_scale, sharq_compat)
+        check_quant(self.quant)
         if not isinstance(model, (str, PathLike)):
             raise InvalidArgument(f"model must be a name or a directory, not {model!r}")
         ops = select_backend(engine.device, engine.threads)
@@ -98,7 +108,7 @@ class LLM:
         self._dtype = activation_dtype(engine.dtype, self.config.dtype)
         sequence_length(self.config, engine)  # refused before gigabytes are read, not after
         with progress_bar("loading", shown=progress) as update:
-            loaded = load_model(self.config, path, ops, self._dtype, progress=update)
+            loaded = load_model(self.config, path, ops, self._dtype, self.quant, progress=update)
         self._plan = plan_cache(self.config, engine, ops.kv_block_size, self._dtype.itemsize)
         pool = BlockPool(self._plan.num_blocks, ops.kv_block_size, enable_prefix_caching=engine.enable_prefix_caching)
         scheduler = Scheduler(
@@ -116,6 +126,8 @@ class LLM:
         self._note = location.note
         self.name = location.name
         self.kernel_path = ops.kernel_path
+        if self.quant.method in FP4_METHODS:
+            self.kernel_path += f"; {self.quant.method}: numpy, slow"
         self.device = "cpu"
         self.max_model_len = self._plan.max_model_len
         self.sampling_defaults: dict[str, float | int] = dict(defaults.sampling) if use_generation_config else {}

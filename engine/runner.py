@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig, ModelConfig, QuantConfig
 from engine.core import Batch
 from engine.errors import CapacityError, InvalidArgument, NumericalError
 from engine.layers import Context
@@ -23,6 +23,7 @@ from engine.memory import available_memory
 from engine.models.decoder import Decoder
 from engine.ops.contract import Array, KVCache, Ops
 from engine.quant.as_stored import AsStored
+from engine.quant.registry import linear_method
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.coverage import fill
 from engine.workspace import Workspace
@@ -60,15 +61,17 @@ def load_model(
     directory: Path,
     ops: Ops,
     dtype: np.dtype[Any],
+    quant: QuantConfig,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """The model of a checkpoint directory, every parameter filled exactly once and finite.
 
-    progress(done, total) counts bytes. Raises WeightsError, NumericalError.
+    The head and the embedding stay as stored. progress(done, total) counts bytes. Raises WeightsError, NumericalError,
+    and InvalidArgument for a method that is unknown or does not fit the model.
     """
     workspace = Workspace(ops)
-    method = AsStored(ops, workspace)
-    model = Decoder(config, Context(ops, workspace, dtype), method=method, head_method=method)
+    method = linear_method(quant, ops, workspace)
+    model = Decoder(config, Context(ops, workspace, dtype), method=method, head_method=AsStored(ops, workspace))
     parameters = {parameter.name: parameter for parameter in model.parameters()}
 
     def consume(name: str, array: Array) -> None:

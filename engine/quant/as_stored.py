@@ -14,11 +14,14 @@ from engine.workspace import Workspace
 class AsStored:
     """Operands are the activations themselves; norms and SwiGLU run as operations of their own."""
 
-    name = "as-stored"
+    name = "bf16"  # the name users know, whatever type the checkpoint has
 
     def __init__(self, ops: Ops, workspace: Workspace) -> None:
         self._ops = ops
         self._workspace = workspace
+
+    def for_layer(self, name: str, K: int) -> AsStored:
+        return self
 
     def pack(self, shards: Sequence[Array]) -> PackedWeight:
         return self._ops.pack_weight(shards)

@@ -24,6 +24,9 @@ class LinearMethod(Protocol):
 
     name: str  # as users spell it: "bf16", "sharq", …
 
+    def for_layer(self, name: str, K: int) -> LinearMethod:
+        """The method that serves a layer with K inputs: this one, or what it leaves such layers to."""
+
     def pack(self, shards: Sequence[Array]) -> Any:
         """The kernel's form of [N_i, K] weights that share one input; per-shard scales are kept apart."""
 
