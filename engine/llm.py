@@ -127,7 +127,7 @@ class LLM:
         self.name = location.name
         self.kernel_path = ops.kernel_path
         if self.quant.method in FP4_METHODS:
-            self.kernel_path += f"; {self.quant.method}: numpy, slow"
+            self.kernel_path = f"{self.quant.method}: {ops.kernel_path}"
         self.device = "cpu"
         self.max_model_len = self._plan.max_model_len
         self.sampling_defaults: dict[str, float | int] = dict(defaults.sampling) if use_generation_config else {}

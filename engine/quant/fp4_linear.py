@@ -4,26 +4,27 @@
     one path        activations rounded to the format, one product                                 nvfp4, mxfp4, hif4
     two paths       SharQ: backbone plus residual, both against one payload                        sharq, sharq-…
 
-Weights are quantised shard by shard as they are loaded, each shard with a global scale of its own. The arithmetic is
-NumPy's definition (`engine.ops.fp4`), exact and slow: compiled kernels for these methods are not there yet, and
-`kernel_path` says so.
+Weights are quantised shard by shard as they are loaded, each shard with a global scale of its own. Preparation is one
+operation of the backend with the norm or the SwiGLU before it, and both of SharQ's paths are one pass over the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import QuantConfig
 from engine.errors import InvalidArgument
-from engine.fp4_types import Format, Fp4Matrix, SharqOperand
+from engine.fp4_types import Format
 from engine.ops.contract import Array, Ops
+from engine.ops.fp4.split import ScaleRule, paths
 from engine.quant import fp4, sharq
 from engine.quant.as_stored import AsStored
+from engine.quant.grades import Grade
 from engine.quant.method import LinearMethod
 
 F32 = NDArray[np.float32]
@@ -46,6 +47,8 @@ class Fp4Linear:
         self.name = name
         self._rule = rule
         self._quant = quant
+        self._grade = cast(Grade, quant.grade)  # names are checked by the registry
+        self._scale = cast(ScaleRule, quant.scale)
         self._ops = ops
         self._full = full
 
@@ -64,51 +67,66 @@ class Fp4Linear:
         )
 
     def pack(self, shards: Sequence[Array]) -> Any:
-        rule, grade = self._rule, self._quant.grade
-        quantized = [fp4.quantize_weight(w, format=rule.format, block=rule.block, grade=grade) for w in shards]
-        if rule.paths == "weights only":
-            return self._ops.pack_weight([fp4.dequantize(w) for w in quantized])
-        payload = np.concatenate([w.payload for w in quantized])
-        scale = np.concatenate([w.scale for w in quantized])
-        return Fp4Matrix(rule.format, payload, scale, np.concatenate([w.g for w in quantized]))
+        rule = self._rule
+        return self._ops.pack_fp4(
+            [fp4.quantize_weight(w, format=rule.format, block=rule.block, grade=self._grade) for w in shards]
+        )
 
     def prepare(self, x: Array) -> Any:
-        rule, scale = self._rule, self._quant.scale
-        if rule.paths == "weights only":
-            return x
-        x = x.astype(np.float32) if x.dtype == np.float16 else x
-        if rule.paths == "one":
-            return fp4.prepare(x, format=rule.format, scale=scale)
-        return sharq.prepare(x, format=rule.format, sparse=rule.paths == "sparse and dense", scale=scale)
+        return x if self._rule.paths == "weights only" else self._prepare(x)
 
     def prepare_norm(self, x: Array, weight: F32, eps: float) -> Any:
-        return self.prepare(self._full.prepare_norm(x, weight, eps))
+        if self._rule.paths == "weights only":
+            return self._full.prepare_norm(x, weight, eps)
+        return self._prepare(x, norm=(weight, eps))
 
     def prepare_silu_mul(self, gate_up: Array) -> Any:
-        return self.prepare(self._full.prepare_silu_mul(gate_up))
+        if self._rule.paths == "weights only":
+            return self._full.prepare_silu_mul(gate_up)
+        return self._prepare(gate_up, silu=True)
+
+    def _prepare(self, x: Array, *, norm: tuple[F32, float] | None = None, silu: bool = False) -> Any:
+        rule = self._rule
+        x = _full_width(x)
+        if rule.paths == "one":
+            return self._ops.prepare_fp4(x, format=rule.format, scale=self._scale, norm=norm, silu=silu)
+        sparse = rule.paths == "sparse and dense"
+        return self._ops.prepare_sharq(x, format=rule.format, sparse=sparse, scale=self._scale, norm=norm, silu=silu)
 
     def matmul(
         self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
     ) -> Array:
-        if self._rule.paths == "weights only":
-            return self._full.matmul(operand, weight, out=out, bias=bias, residual=residual)
-        y = self._product(operand, weight)
-        if bias is not None:
-            y += bias
-        if residual is not None:
-            y += residual.astype(np.float32)
-        out[...] = y
+        multiply = self._ops.w4a16_linear if self._rule.paths == "weights only" else self._ops.fp4_linear
+        return multiply(operand, weight, out=out, bias=bias, residual=residual)
+
+
+class CompatSharq(Fp4Linear):
+    """SharQ as the paper's code computes it: the backbone's product is rounded to bf16 before the residual's is added.
+
+    For comparison with the paper; two passes over the weights, and the split itself in NumPy.
+    """
+
+    def _prepare(self, x: Array, *, norm: tuple[F32, float] | None = None, silu: bool = False) -> Any:
+        if norm is not None:
+            operand = sharq.prepare_rmsnorm(_full_width(x), *norm, format=self._rule.format, scale=self._scale)
+        elif silu:
+            operand = sharq.prepare_silu_mul(_full_width(x), format=self._rule.format, scale=self._scale)
+        else:
+            operand = sharq.prepare(_full_width(x), format=self._rule.format, scale=self._scale)
+        return paths(operand)
+
+    def matmul(
+        self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
+    ) -> Array:
+        backbone, rest = operand
+        between = self._ops.empty(out.shape, fp4.BF16)
+        self._ops.fp4_linear(backbone, weight, out=between)
+        both = self._ops.empty(out.shape, fp4.BF16)
+        self._ops.fp4_linear(rest, weight, out=both, bias=bias, residual=between)
+        out[...] = both if residual is None else residual.astype(np.float32) + both.astype(np.float32)
         return out
 
-    def _product(self, operand: SharqOperand | Fp4Matrix, weight: Fp4Matrix) -> F32:
-        if isinstance(operand, Fp4Matrix):
-            return fp4.matmul(operand, weight)
-        if not self._quant.compat:
-            return sharq.matmul(operand, weight)
-        backbone = fp4_round(sharq.sparse_matmul(operand, weight))
-        return backbone + sharq.dense_matmul(operand, weight)
 
-
-def fp4_round(y: F32) -> F32:
-    """y rounded to bf16 and back: what the paper's code does between the paths."""
-    return y.astype(fp4.BF16).astype(np.float32)
+def _full_width(x: Array) -> Array:
+    """float16 has more mantissa than bf16 and less range: it is split from fp32."""
+    return x.astype(np.float32) if x.dtype == np.float16 else x

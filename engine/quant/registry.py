@@ -6,7 +6,7 @@ from engine.config import QuantConfig
 from engine.errors import InvalidArgument
 from engine.ops.contract import Ops
 from engine.quant.as_stored import AsStored
-from engine.quant.fp4_linear import Fp4Linear, Fp4Rule
+from engine.quant.fp4_linear import CompatSharq, Fp4Linear, Fp4Rule
 from engine.quant.grades import Grade
 from engine.quant.method import LinearMethod
 from engine.workspace import Workspace
@@ -45,6 +45,8 @@ def check_quant(quant: QuantConfig) -> None:
         if value not in known:
             raise InvalidArgument(f"unknown {what} {value!r}; choose one of {', '.join(known)}")
     rule = FP4_METHODS.get(quant.method)
+    if quant.compat and (rule is None or rule.paths != "sparse and dense"):
+        raise InvalidArgument(f"sharq_compat concerns SharQ's two paths; quant {quant.method!r} has none")
     if rule and rule.format != "nvfp4" and (quant.grade == "4over6" or quant.scale == "tensor"):
         raise InvalidArgument(f"{quant.method} has no global scale, which grade '4over6' and sharq_scale 'tensor' need")
 
@@ -54,4 +56,6 @@ def linear_method(quant: QuantConfig, ops: Ops, workspace: Workspace) -> LinearM
     check_quant(quant)
     full = AsStored(ops, workspace)
     rule = FP4_METHODS.get(quant.method)
-    return full if rule is None else Fp4Linear(quant.method, rule, quant, ops, full)
+    if rule is None:
+        return full
+    return (CompatSharq if quant.compat else Fp4Linear)(quant.method, rule, quant, ops, full)
