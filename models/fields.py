@@ -85,6 +85,13 @@ class Fields:
             self.refuse(key, f"not supported; supported: {', '.join(allowed)}")
         return value
 
+    def text(self, key: str) -> str:
+        """A string."""
+        value = self._value(key, _REQUIRED)
+        if not isinstance(value, str):
+            self.refuse(key, "must be text")
+        return value
+
     def strings(self, key: str) -> list[str] | None:
         """A list of strings; None where absent or null."""
         value = self._data.get(key)

@@ -17,6 +17,7 @@ from typing import Any
 from engine.config import ModelConfig
 from engine.json_file import brief
 from engine.models.fields import Fields
+from engine.models.quantization import quantization_fields
 from engine.models.rope_config import read_rope
 
 _MAX_SIZE = 1 << 24  # vocabulary, hidden, FFN, context: float32 counts exactly up to here, no real model is near
@@ -114,7 +115,7 @@ def read_decoder(
     layer_windows: tuple[int | None, ...],
 ) -> ModelConfig:
     """The `ModelConfig` that a dense decoder's config.json describes. Raises ConfigError naming key and value."""
-    _refuse_quantized(fields)
+    quantization_fields(fields)  # refuses methods nobody reads; what a known one says is no part of the model
     fields.refuse_unless(_NEUTRAL)
     fields.choice("hidden_act", ("silu",), "silu")
     hidden, heads, kv_heads, head_dim = _attention_sizes(fields, defaults)
@@ -194,11 +195,3 @@ def _dtype(fields: Fields) -> str:
     if len(set(spelled.values())) > 1:
         fields.refuse("torch_dtype", f"differs from dtype = {spelled['dtype']!r}")
     return next(iter(spelled.values()), "float32")
-
-
-def _refuse_quantized(fields: Fields) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if key in fields:
-            child = fields.child(key)
-            method = child.raw("quant_method") if child else None
-            fields.fail(f"quantised checkpoints of method {brief(method or 'unknown')} are not supported yet")

@@ -20,6 +20,7 @@ FLOORS: list[tuple[int, str]] = [
     (0, "engine/config.py"),
     (0, "engine/errors.py"),
     (0, "engine/fp4_types.py"),
+    (0, "engine/fp8_types.py"),
     (0, "engine/json_file.py"),
     (0, "engine/memory.py"),
     (0, "engine/progress.py"),

@@ -8,31 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
-
-from numpy.typing import NDArray
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 from engine.errors import WeightsError
 from engine.json_file import brief
-from engine.weights.checkpoint import Checkpoint, named
+from engine.weights.checkpoint import named
+from engine.weights.parts import FLOATS
+from engine.weights.quantized import LogicalEntry
 from engine.weights.safetensors_file import TensorEntry
 
-FLOATS = ("F32", "F16", "BF16")
+Entry = TensorEntry | LogicalEntry
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
 _LISTED = 5  # tensors named in a message
+
+
+class TensorSource(Protocol[T_co]):
+    """What is filled from: a `Checkpoint` of arrays, or a `LogicalCheckpoint` of arrays and quantised matrices."""
+
+    directory: Path
+
+    def names(self) -> tuple[str, ...]: ...
+
+    def entry(self, name: str) -> Entry: ...
+
+    def tensor(self, name: str) -> T_co: ...
 
 
 def fill(
     expected: Mapping[str, tuple[int, ...]],
-    checkpoint: Checkpoint,
-    consume: Callable[[str, NDArray[Any]], None],
+    checkpoint: TensorSource[T],
+    consume: Callable[[str, T], None],
     *,
     ignore: Iterable[str] = (),
     ties: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Call `consume(name, array)` once for each expected parameter, in the order of the files' bytes.
+    """Call `consume(name, tensor)` once for each expected parameter, in the order of the files' bytes.
 
-    expected: parameter -> shape. Arrays are read-only views of the mapped files: float32, float16 or bfloat16.
+    expected: parameter -> shape, a quantised weight's being its [N, K]. Plain tensors are read-only views of the mapped
+        files: float32, float16 or bfloat16; quantised ones come from a `LogicalCheckpoint` only.
     ignore: fnmatch patterns of tensors that may be there and are dropped (expected ones never are).
     ties: tensors that may be there and are dropped because they repeat an expected parameter: name -> that
         parameter, whose shape they must have ({"lm_head.weight": "model.embed_tokens.weight"}).
@@ -43,7 +59,7 @@ def fill(
     shapes = dict(expected) | {name: expected[target] for name, target in ties.items()}
     entries = [checkpoint.entry(name) for name in checkpoint.names()]
     kept = [entry for entry in entries if entry.name in shapes or not _matches(entry.name, patterns)]
-    _check_types(kept, shapes)
+    _check_types(kept, expected, ties)
     _check_names(kept, expected, shapes, checkpoint)
     _check_shapes(kept, shapes)
     wanted = [entry for entry in kept if entry.name in expected]
@@ -59,20 +75,26 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check_types(entries: list[TensorEntry], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_types(entries: list[Entry], expected: Mapping[str, object], ties: Mapping[str, str]) -> None:
     for entry in entries:
-        if entry.name in shapes and entry.dtype not in FLOATS:
+        if isinstance(entry, TensorEntry):
+            if (entry.name in expected or entry.name in ties) and entry.dtype not in FLOATS:
+                raise WeightsError(
+                    f"{entry.file}: tensor {brief(entry.name)} is {entry.dtype} {list(entry.shape)}; "
+                    f"checkpoints quantised in this way are not supported yet, only {', '.join(FLOATS)}"
+                )
+        elif entry.name in ties:
             raise WeightsError(
-                f"{entry.file}: tensor {brief(entry.name)} is {entry.dtype} {list(entry.shape)}; "
-                f"checkpoints quantised in this way are not supported yet, only {', '.join(FLOATS)}"
+                f"{entry.file}: {brief(entry.name)} is quantised ({entry.dtype}), so it cannot be the same as "
+                f"{ties[entry.name]}, which the configuration ties it to"
             )
 
 
 def _check_names(
-    entries: list[TensorEntry],
+    entries: list[Entry],
     expected: Mapping[str, tuple[int, ...]],
     shapes: Mapping[str, tuple[int, ...]],
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource[object],
 ) -> None:
     present = {entry.name for entry in entries}
     missing = [name for name in expected if name not in present]
@@ -90,7 +112,7 @@ def _check_names(
         raise WeightsError(f"{checkpoint.directory}: the weights do not match the model: {'; '.join(problems)}")
 
 
-def _check_shapes(entries: list[TensorEntry], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(entries: list[Entry], shapes: Mapping[str, tuple[int, ...]]) -> None:
     wrong = [entry for entry in entries if entry.shape != shapes[entry.name]]
     if not wrong:
         return
