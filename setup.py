@@ -74,7 +74,8 @@ FLAGS = (
     "-Wall",
     "-Wextra",
     "-Wno-psabi",  # 64-byte vectors are passed between inlined functions only
-    "-Wno-maybe-uninitialized",  # GCC 12 warns about its own AVX-512 headers
+    "-Wno-maybe-uninitialized",  # this and the next: GCC 12 warns about its own AVX-512 headers
+    "-Wno-uninitialized",
     "-MMD",
 )
 BUILD_JOBS = min(4, os.cpu_count() or 1)

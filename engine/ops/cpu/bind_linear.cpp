@@ -30,7 +30,8 @@ BoundWeight pack_weight(Backend& backend, const py::sequence& shards) {
         if (i == 0) first = shard;
         if (shard.rows == 0 || shard.columns == 0) reject("a weight shard must not be empty: " + describe(held.back()));
         if (shard.type != first.type || shard.columns != first.columns)
-            reject("all shards need one dtype and one K, but got " + describe(held[0]) + " and " + describe(held.back()));
+            reject("all shards need one dtype and one K, but got " + describe(held[0]) + " and "
+                   + describe(held.back()));
         const int64_t row_bytes = shard.stride * size_of(shard.type);
         for (int64_t n = 0; n < shard.rows; ++n) rows.push_back(static_cast<const char*>(shard.data) + n * row_bytes);
         shard_rows[i] = shard.rows;
@@ -51,13 +52,17 @@ void linear(Backend& backend, const py::array& x_array, const BoundWeight& weigh
     require_shape(out, "out", x.rows, w.N);
     if (out.type != x.type && out.type != DType::f32)
         reject("out must have x's dtype or float32; x is " + describe(x_array) + ", out " + describe(out_array));
-    LinearArgs args{x.data, x.type, x.stride, x.rows, w.data(), w.type, w.N, w.K, nullptr, nullptr, 0, out.data, out.type, out.stride};
+    LinearArgs args{};
+    args.x = x.data, args.x_type = x.type, args.x_stride = x.stride, args.T = x.rows;
+    args.w = w.data(), args.w_type = w.type, args.N = w.N, args.K = w.K;
+    args.out = out.data, args.out_type = out.type, args.out_stride = out.stride;
     if (bias) args.bias = float_vector(*bias, "bias", w.N);
     if (residual_array) {
         const Matrix residual = matrix(*residual_array, "residual");
         require_shape(residual, "residual", x.rows, w.N);
         if (residual.type != x.type)
-            reject("residual must have x's dtype; x is " + describe(x_array) + ", residual " + describe(*residual_array));
+            reject("residual must have x's dtype; x is " + describe(x_array) + ", residual "
+                   + describe(*residual_array));
         args.residual = residual.data;
         args.residual_stride = residual.stride;
     }
@@ -83,7 +88,8 @@ void bind_linear(py::module_& module, BackendClass& backend) {
         .def_property_readonly("nbytes", [](const BoundWeight& w) { return w.packed->nbytes; })
         .def_property_readonly("shard_rows", [](const BoundWeight& w) { return w.shard_rows; });
     backend.def("pack_weight", &pack_weight, py::arg("shards"));
-    backend.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("bias"), py::arg("residual"));
+    backend.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("bias"),
+                py::arg("residual"));
     backend.def("all_finite", &all_finite, py::arg("array"));
 }
 

@@ -28,7 +28,8 @@ py::list isa_names() {
 
 template <class T>
 const T* vector_of(const py::array& array, const char* name, int64_t size, int type_num, const char* type_name) {
-    const bool fits = array.ndim() == 1 && array.dtype().normalized_num() == type_num && (size < 0 || array.shape(0) == size)
+    const bool fits = array.ndim() == 1 && array.dtype().normalized_num() == type_num
+                      && (size < 0 || array.shape(0) == size)
                       && (array.shape(0) < 2 || array.strides(0) == static_cast<py::ssize_t>(sizeof(T)));
     if (fits) return static_cast<const T*>(array.data());
     const std::string length = size < 0 ? "n" : std::to_string(size);

@@ -36,8 +36,9 @@ uint32_t saved_state() {
 }  // namespace
 
 bool cpu_has_avx2() {
-    return all_bits(saved_state(), bit(1) | bit(2)) && all_bits(cpuid(1, 0).ecx, bit(12) | bit(28) | bit(29))  // FMA AVX F16C
-           && all_bits(cpuid(7, 0).ebx, bit(5));
+    return all_bits(saved_state(), bit(1) | bit(2))
+           && all_bits(cpuid(1, 0).ecx, bit(12) | bit(28) | bit(29))  // FMA AVX F16C
+           && all_bits(cpuid(7, 0).ebx, bit(5));                      // AVX2
 }
 
 bool cpu_has_avx512() {

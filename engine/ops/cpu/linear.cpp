@@ -1,9 +1,9 @@
 // linear: out [T, N] = x [T, K] · wᵀ + bias + residual, in fp32, rounded once.
 //
-// The work: rows of x are cut into blocks of at most kMaxRows and re-laid as panels, k outermost, so that a step of the
-// micro-kernel finds its rows' elements side by side; weights lie in tiles of 32 columns (weight_tiles.h). One call of a
-// micro-kernel multiplies one row block by the C vectors of 16 columns that registers allow, over the whole of K, with
-// all rows × C accumulators in registers. Threads share out the tiles, so a weight is read from memory once per
+// The work: rows of x are cut into blocks of at most kMaxRows and re-laid as panels, k outermost, so that a step of
+// the micro-kernel finds its rows' elements side by side; weights lie in tiles of 32 columns (weight_tiles.h). One call
+// of a micro-kernel multiplies one row block by the C vectors of 16 columns that registers allow, over the whole of K,
+// with all rows × C accumulators in registers. Threads share out the tiles, so a weight is read from memory once per
 // kChunkRows rows.
 //
 // Order: each output element is one lane of one accumulator that starts at 0 and takes k (for bf16 dot products: pairs
@@ -38,7 +38,7 @@ constexpr int kMaxSums = kMaxRows * kTileColumns;
 constexpr int kMinTransposedRows = 6;     // rows from which a 16 × 16 transpose beats copying element by element
 constexpr int64_t kChunkRows = 512;       // rows re-laid at a time: bounds scratch memory
 constexpr int64_t kFewBlocks = 4;         // row blocks up to which memory is the limit, not arithmetic
-constexpr int64_t kGroupBlocks = 8;       // row blocks in one piece of work: about 30 µs at K = 1024, so threads end together
+constexpr int64_t kGroupBlocks = 8;       // row blocks in a piece of work: 30 µs at K = 1024, so threads end alike
 constexpr int64_t kPrefetchAhead = 8192;  // bytes, of a tile's stream
 
 // ---- formats: what one step of a micro-kernel multiplies -----------------------------------------------------------
@@ -166,7 +166,9 @@ void lay_out_panel(const In* x, int64_t stride, int64_t rows, int64_t K, int64_t
     int32_t* out = static_cast<int32_t*>(panel);
     for (int64_t first = 0, k = 0; first < count; first += kLanes, k += kLanes * kElementK, out += kLanes * rows) {
         const int64_t n = min_of(kLanes, count - first);
-        const auto elements = [&](int64_t r) { return k < K ? panel_elements<Format>(x + r * stride + k, K - k) : broadcast_i32(0); };
+        const auto elements = [&](int64_t r) {
+            return k < K ? panel_elements<Format>(x + r * stride + k, K - k) : broadcast_i32(0);
+        };
         if (rows >= kMinTransposedRows) {
             I32x16 square[kLanes];
             for (int64_t r = 0; r < kLanes; ++r) square[r] = r < rows ? elements(r) : broadcast_i32(0);
@@ -182,11 +184,12 @@ void lay_out_panel(const In* x, int64_t stride, int64_t rows, int64_t K, int64_t
     }
 }
 
-// ---- epilogue: bias, residual, rounding ------------------------------------------------------------------------------
+// ---- epilogue: bias, residual, rounding -----------------------------------------------------------------------------
 
 // sums [rows][width] belong at out[row…][column…]; only the first n columns exist.
 template <class In, class Out>
-void finish(const LinearArgs& a, const float* sums, int64_t row, int64_t rows, int64_t column, int64_t width, int64_t n) {
+void finish(const LinearArgs& a, const float* sums, int64_t row, int64_t rows, int64_t column, int64_t width,
+            int64_t n) {
     for (int64_t r = row; r < row + rows; ++r, sums += width) {
         Out* out = static_cast<Out*>(a.out) + r * a.out_stride + column;
         const In* residual = a.residual ? static_cast<const In*>(a.residual) + r * a.residual_stride + column : nullptr;
@@ -200,7 +203,7 @@ void finish(const LinearArgs& a, const float* sums, int64_t row, int64_t rows, i
     }
 }
 
-// ---- the loops -------------------------------------------------------------------------------------------------------
+// ---- the loops ------------------------------------------------------------------------------------------------------
 
 // `rows` rows in near-equal blocks of at most kMaxRows (13 rows make 6 + 7, not 12 + 1).
 struct RowBlocks {
@@ -231,9 +234,10 @@ void multiply_chunk(const LinearArgs& a, int64_t first_row, int64_t num_rows, Th
         const int vectors = vectors_at_once(static_cast<int>(rows)), width = vectors * kLanes;
         const char* w = static_cast<const char*>(a.w) + tile * bytes;
         const int64_t stop = min_of((tile + 1) * kTileColumns, a.N);
-        for (int64_t column = tile * kTileColumns; column < stop; column += width, w += vectors * Format::kVectorBytes) {
+        for (int64_t column = tile * kTileColumns; column < stop; column += width) {
             micro.of[rows](panels + row * row_xs, w, steps, sums);
             finish<In, Out>(a, sums, first_row + row, rows, column, width, min_of(width, stop - column));
+            w += vectors * Format::kVectorBytes;
         }
     };
     // Few row blocks: memory-bound, and one long range of tiles per thread keeps the prefetchers going (short ones cost

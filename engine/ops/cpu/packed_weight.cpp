@@ -24,7 +24,8 @@ void interleave(const void* const* rows, int64_t num_rows, int64_t count, Elemen
 }  // namespace
 
 PackedWeight::PackedWeight(const std::vector<const void*>& rows, int64_t k, DType t, Slabs& slabs, ThreadPool& pool)
-    : N(static_cast<int64_t>(rows.size())), K(k), type(t), nbytes(static_cast<size_t>(num_tiles(N) * tile_bytes(K, type))), data_(slabs.allocate(nbytes)) {
+    : N(static_cast<int64_t>(rows.size())), K(k), type(t),
+      nbytes(static_cast<size_t>(num_tiles(N) * tile_bytes(K, type))), data_(slabs.allocate(nbytes)) {
     pool.parallel_for(num_tiles(N), 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t tile = begin; tile < end; ++tile) {
             const int64_t first = tile * kTileColumns;

@@ -51,7 +51,9 @@ static inline F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
 static inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // one rounding
 static inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where either is NaN
 static inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
-static inline F32x16 round_to_integer(F32x16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+static inline F32x16 round_to_integer(F32x16 a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 
 static inline I32x16 operator+(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 static inline I32x16 operator-(I32x16 a, I32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
@@ -66,14 +68,17 @@ static inline I32x16 to_i32(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }  // 
 
 static inline I32x16 load_i32(const void* p) { return {_mm512_loadu_si512(p)}; }
 static inline F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
-static inline F32x16 load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+static inline F32x16 load(const f16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 static inline F32x16 load(const bf16* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 static inline void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
 static inline void store(f16* p, F32x16 a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, mode));
 }
 static inline void store(bf16* p, F32x16 a) {
     // Not vcvtneps2bf16, which flushes subnormals.
@@ -128,9 +133,12 @@ static inline I32x16 load_i32(const void* p) {
     return {_mm256_loadu_si256(static_cast<const __m256i*>(p)), _mm256_loadu_si256(static_cast<const __m256i*>(p) + 1)};
 }
 static inline F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-static inline F32x16 load(const f16* p) { return {_mm256_cvtph_ps(load_8_halves(p)), _mm256_cvtph_ps(load_8_halves(p + 8))}; }
+static inline F32x16 load(const f16* p) {
+    return {_mm256_cvtph_ps(load_8_halves(p)), _mm256_cvtph_ps(load_8_halves(p + 8))};
+}
 static inline F32x16 load(const bf16* p) {
-    return bits_to_float(shift_left<16>({_mm256_cvtepu16_epi32(load_8_halves(p)), _mm256_cvtepu16_epi32(load_8_halves(p + 8))}));
+    const I32x16 wide{_mm256_cvtepu16_epi32(load_8_halves(p)), _mm256_cvtepu16_epi32(load_8_halves(p + 8))};
+    return bits_to_float(shift_left<16>(wide));
 }
 static inline void store(float* p, F32x16 x) {
     _mm256_storeu_ps(p, x.a);
@@ -278,8 +286,10 @@ static inline void transpose(I32x16 (&a)[kLanes]) {
         a[i + 3].v = _mm512_unpackhi_epi64(b[i + 1].v, b[i + 3].v);
     }
     for (int j = 0; j < 4; ++j) {  // 4 × 4 quarters
-        const __m512i low01 = _mm512_shuffle_i32x4(a[j].v, a[j + 4].v, 0x44), high01 = _mm512_shuffle_i32x4(a[j].v, a[j + 4].v, 0xee);
-        const __m512i low23 = _mm512_shuffle_i32x4(a[j + 8].v, a[j + 12].v, 0x44), high23 = _mm512_shuffle_i32x4(a[j + 8].v, a[j + 12].v, 0xee);
+        const __m512i low01 = _mm512_shuffle_i32x4(a[j].v, a[j + 4].v, 0x44);
+        const __m512i high01 = _mm512_shuffle_i32x4(a[j].v, a[j + 4].v, 0xee);
+        const __m512i low23 = _mm512_shuffle_i32x4(a[j + 8].v, a[j + 12].v, 0x44);
+        const __m512i high23 = _mm512_shuffle_i32x4(a[j + 8].v, a[j + 12].v, 0xee);
         b[j].v = _mm512_shuffle_i32x4(low01, low23, 0x88);
         b[j + 4].v = _mm512_shuffle_i32x4(low01, low23, 0xdd);
         b[j + 8].v = _mm512_shuffle_i32x4(high01, high23, 0x88);
