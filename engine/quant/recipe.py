@@ -1,0 +1,98 @@
+"""What `engine.quantize` makes of a model's weights: a method's storage format, a grade, and who is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from engine.errors import InvalidArgument
+from engine.fp4_types import Fp4Matrix
+from engine.fp8_types import Fp8Matrix
+from engine.ops.fp4.blocks import block_format
+from engine.quant import fp4, fp8
+from engine.quant.grades import check_grade
+from engine.quant.registry import FP4_METHODS
+from engine.quant.scheme import WeightFormat
+
+HEADS = ("bf16", "fp8", "nvfp4")
+QUANTS = (*FP4_METHODS, "fp8")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A storage format and the k per scale (FP8: 0, one scale per row)."""
+
+    format: WeightFormat
+    block: int
+
+    def fits(self, K: int) -> bool:
+        return self.block == 0 or K % self.block == 0
+
+    def __str__(self) -> str:
+        return f"{self.format} with a scale per {f'{self.block} k' if self.block else 'row'}"
+
+
+_FP8 = Kind("fp8", 0)
+_HEAD_KINDS = {"bf16": None, "fp8": _FP8, "nvfp4": Kind("nvfp4", 16)}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Raises InvalidArgument for names that are unknown or do not go together."""
+
+    quant: str  # one of QUANTS
+    grade: str | None = None  # None: "sweep", or "rtn" for fp8, which has nothing to choose
+    head: str = "bf16"  # one of HEADS
+    fallback: str | None = None  # "bf16": layers whose K does not fit stay as stored; None: they are refused
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("quant", self.quant, QUANTS),
+            ("quant-head", self.head, HEADS),
+            ("quant-fallback", self.fallback or "bf16", ("bf16",)),
+        ):
+            if value not in known:
+                raise InvalidArgument(f"unknown {what} {value!r}; choose one of {', '.join(known)}")
+        if self.grade is None:
+            object.__setattr__(self, "grade", "rtn" if self.quant == "fp8" else "sweep")
+        if self.body.format == "fp8":
+            if self.grade != "rtn":
+                raise InvalidArgument(f"fp8 has one scale rule, called rtn; the grade {self.grade!r} is for FP4")
+        else:
+            check_grade(self.grade or "", block_format(self.body.format, self.body.block))
+
+    @property
+    def body(self) -> Kind:
+        """How linear layers other than the head are stored."""
+        rule = FP4_METHODS.get(self.quant)
+        return _FP8 if rule is None else Kind(rule.format, rule.block)
+
+    @property
+    def head_kind(self) -> Kind | None:
+        return _HEAD_KINDS[self.head]
+
+    def kinds(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, Kind]:
+        """The linear layers (module -> (N, K)) that get quantised, and how.
+
+        Raises InvalidArgument naming those that do not fit, unless the fallback leaves them alone.
+        """
+        wanted = {module: self.head_kind if module == "lm_head" else self.body for module in linears}
+        kinds = {module: kind for module, kind in wanted.items() if kind is not None}
+        unfit = [module for module, kind in kinds.items() if not kind.fits(linears[module][1])]
+        if unfit and self.fallback is None:
+            more = f" and {len(unfit) - 1} more" if len(unfit) > 1 else ""
+            raise InvalidArgument(
+                f"{unfit[0]}{more}: K = {linears[unfit[0]][1]} is not a multiple of {kinds[unfit[0]].block}, as "
+                f"{kinds[unfit[0]].format} needs here; --quant-fallback bf16 leaves such layers as stored"
+            )
+        return {module: kind for module, kind in kinds.items() if module not in unfit}
+
+    def quantize(self, w: NDArray[Any], kind: Kind) -> Fp4Matrix | Fp8Matrix:
+        """One shard w [N, K]. Raises NumericalError (NaN, infinity)."""
+        if kind.format == "fp8":
+            return fp8.quantize_weight(w)
+        grade: Any = self.grade if self.quant != "fp8" else "sweep"  # an FP4 head on an FP8 body
+        return fp4.quantize_weight(w, format=kind.format, block=kind.block, grade=grade)
