@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from quantized_files import Nvfp4, Tensor, bf16, e2m1_values, e4m3, e4m3_values, f32, spread, u8, write_file
 
 from engine.errors import ConfigError, EngineError, WeightsError
@@ -399,6 +402,30 @@ BAD_CONFIGS: list[tuple[Json, str]] = [
 def test_configurations_refused_by_name(tmp_path, config, message):
     with pytest.raises(ConfigError, match=message):
         read_quantization({"quantization_config": config}, tmp_path)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(["Linear", "NVFP4", 16, 128]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(sorted(GROUP)), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([MODELOPT, COMPRESSED, MXFP4, HF_FP8, SHARQ]), st.data())
+def test_any_configuration_is_read_or_refused(config, data):
+    """One value somewhere replaced by anything: a scheme or a ConfigError, never another exception."""
+    config = json.loads(json.dumps(config))
+    place: Any = config
+    while True:
+        key = data.draw(st.sampled_from(sorted(place)))
+        if not isinstance(place[key], dict) or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = data.draw(JSON_VALUES)
+    with suppress(ConfigError):
+        scheme = read_quantization({"quantization_config": config}, Path("nowhere"))
+        assert scheme is None or scheme.storage("model.embed_tokens") is None
 
 
 def test_modelopt_files_that_contradict_each_other(tmp_path):
