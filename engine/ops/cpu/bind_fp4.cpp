@@ -35,10 +35,11 @@ Fp4Format format_of(const std::string& name) {
 
 void check_depth(Fp4Format format, int64_t K) {
     const int64_t multiple = format == Fp4Format::hif4 ? 64 : 32;
-    if (K <= 0 || K % multiple) reject("K must be a positive multiple of " + std::to_string(multiple) + ", not " + std::to_string(K));
+    if (K <= 0 || K % multiple)
+        reject("K must be a positive multiple of " + std::to_string(multiple) + ", not " + std::to_string(K));
 }
 
-// ---- operands --------------------------------------------------------------------------------------------------------
+// ---- operands -------------------------------------------------------------------------------------------------------
 
 // Of an array [T, columns] with elements of `item` bytes.
 struct Extent {
@@ -95,24 +96,29 @@ py::array array_view(py::handle owner, const void* data, int64_t T, Extent exten
 const PreparedOperand& operand_with(py::handle self, int paths, const char* name) {
     const auto& a = py::cast<const PreparedOperand&>(self);
     if (a.view.paths == paths) return a;
-    throw py::attribute_error(std::string("an operand of ") + (paths == 1 ? "two paths" : "one path") + " has no " + name);
+    const char* other = paths == 1 ? "two paths" : "one path";
+    throw py::attribute_error(std::string("an operand of ") + other + " has no " + name);
 }
 
 template <class T>
 const T* rows_of(const py::array& array, const char* name, int64_t rows, int64_t columns) {
-    const bool fits = array.ndim() == 2 && array.dtype().equal(py::dtype::of<T>()) && array.shape(0) == rows && array.shape(1) == columns;
+    const bool fits = array.ndim() == 2 && array.dtype().equal(py::dtype::of<T>()) && array.shape(0) == rows
+                      && array.shape(1) == columns;
     if (fits && (array.flags() & py::array::c_style)) return static_cast<const T*>(array.data());
-    reject(std::string(name) + " must be contiguous " + (sizeof(T) == 4 ? "uint32" : "uint8") + " [" + std::to_string(rows) + ", "
-           + std::to_string(columns) + "], not " + describe(array));
+    const std::string type = sizeof(T) == 4 ? "uint32" : "uint8";
+    reject(std::string(name) + " must be contiguous " + type + " ["
+           + std::to_string(rows) + ", " + std::to_string(columns) + "], not " + describe(array));
 }
 
 py::array member(py::handle object, const char* name) { return py::cast<py::array>(object.attr(name)); }
 
 // The arrays of one path of `object`, which `held` keeps alive.
-void take_path(py::handle object, int p, const char* codes_name, const char* scale_name, Fp4Operand& a, std::vector<py::array>& held) {
+void take_path(py::handle object, int p, const char* codes_name, const char* scale_name, Fp4Operand& a,
+               std::vector<py::array>& held) {
     const py::array codes = member(object, codes_name), scale = member(object, scale_name);
     // The only format with two block sizes, in the only operand that says so by its shape alone.
-    if (a.paths == 1 && a.format == Fp4Format::nvfp4 && scale.ndim() == 2 && scale.shape(1) * 32 == a.K) a.block[0] = 32;
+    if (a.paths == 1 && a.format == Fp4Format::nvfp4 && scale.ndim() == 2 && scale.shape(1) * 32 == a.K)
+        a.block[0] = 32;
     const int64_t columns = scale_extent(a, p).columns;
     a.codes[p] = rows_of<uint8_t>(codes, codes_name, a.T, codes_extent(a, p).columns);
     if (a.format == Fp4Format::hif4) a.scale[p] = rows_of<uint32_t>(scale, scale_name, a.T, columns);
@@ -143,8 +149,9 @@ Fp4Operand operand_of_arrays(py::handle object, std::vector<py::array>& held) {
     return a;
 }
 
-std::unique_ptr<PreparedOperand> prepare_fp4(Backend& backend, const py::array& x_array, const std::string& format_name, int paths, bool sparse,
-                                             const std::optional<py::array>& norm_weight, float eps, bool silu, float fixed_g) {
+std::unique_ptr<PreparedOperand> prepare_fp4(Backend& backend, const py::array& x_array, const std::string& format_name,
+                                             int paths, bool sparse, const std::optional<py::array>& norm_weight,
+                                             float eps, bool silu, float fixed_g) {
     const Fp4Format format = format_of(format_name);
     const Matrix x = matrix(x_array, "x");
     if (x.type == DType::f16) reject("x must be float32 or bfloat16, not " + describe(x_array));
@@ -165,10 +172,11 @@ std::unique_ptr<PreparedOperand> prepare_fp4(Backend& backend, const py::array& 
     return operand;
 }
 
-// ---- weights and products ----------------------------------------------------------------------------------------------
+// ---- weights and products -------------------------------------------------------------------------------------------
 
 std::string describe_shard(const Fp4Operand& a) {
-    return std::string(name_of(a.format)) + " with K = " + std::to_string(a.K) + " in blocks of " + std::to_string(a.block[0]);
+    return std::string(name_of(a.format)) + " with K = " + std::to_string(a.K) + " in blocks of "
+           + std::to_string(a.block[0]);
 }
 
 std::unique_ptr<PackedFp4> pack_fp4(Backend& backend, const py::sequence& shards) {
@@ -182,17 +190,19 @@ std::unique_ptr<PackedFp4> pack_fp4(Backend& backend, const py::sequence& shards
         if (i == 0) first = shard;
         if (shard.paths != 1 || shard.T == 0) reject("a weight shard must be an Fp4Matrix with at least one row");
         if (shard.format != first.format || shard.K != first.K || shard.block[0] != first.block[0])
-            reject("all shards need one format, K and block, but got " + describe_shard(first) + " and " + describe_shard(shard));
+            reject("all shards need one format, K and block, but got " + describe_shard(first) + " and "
+                   + describe_shard(shard));
         const uint8_t* scale = static_cast<const uint8_t*>(shard.scale[0]);
+        const int64_t scale_bytes = scale_extent(shard, 0).row_bytes();
         for (int64_t n = 0; n < shard.T; ++n)
-            rows.push_back({shard.codes[0] + n * shard.K / 2, scale + n * scale_extent(shard, 0).row_bytes(), shard.g[n]});
+            rows.push_back({shard.codes[0] + n * shard.K / 2, scale + n * scale_bytes, shard.g[n]});
     }
     const Running running(backend);
     return std::make_unique<PackedFp4>(rows, first.K, first.format, first.block[0], backend.weights, backend.pool);
 }
 
-Fp4LinearArgs product_args(const PackedFp4& w, int64_t T, const py::array& out_array, const std::optional<py::array>& bias,
-                           const std::optional<py::array>& residual_array) {
+Fp4LinearArgs product_args(const PackedFp4& w, int64_t T, const py::array& out_array,
+                           const std::optional<py::array>& bias, const std::optional<py::array>& residual_array) {
     const Matrix out = writable_matrix(out_array, "out");
     require_shape(out, "out", T, w.N);
     Fp4LinearArgs args{{}, w.data(), w.g(), w.block, w.N, nullptr, nullptr, 0, out.data, out.type, out.stride};
@@ -201,30 +211,32 @@ Fp4LinearArgs product_args(const PackedFp4& w, int64_t T, const py::array& out_a
         const Matrix residual = matrix(*residual_array, "residual");
         require_shape(residual, "residual", T, w.N);
         if (residual.type != out.type)
-            reject("residual must have out's dtype; out is " + describe(out_array) + ", residual " + describe(*residual_array));
+            reject("residual must have out's dtype; out is " + describe(out_array) + ", residual "
+                   + describe(*residual_array));
         args.residual = residual.data;
         args.residual_stride = residual.stride;
     }
     return args;
 }
 
-void fp4_linear(Backend& backend, const py::object& operand, const PackedFp4& w, const py::array& out, const std::optional<py::array>& bias,
-                const std::optional<py::array>& residual) {
+void fp4_linear(Backend& backend, const py::object& operand, const PackedFp4& w, const py::array& out,
+                const std::optional<py::array>& bias, const std::optional<py::array>& residual) {
     std::vector<py::array> held;
     const bool prepared = py::isinstance<PreparedOperand>(operand);
     const Fp4Operand x = prepared ? py::cast<const PreparedOperand&>(operand).view : operand_of_arrays(operand, held);
     if (x.format != w.format)
         reject(std::string("activations in ") + name_of(x.format) + " do not multiply weights in " + name_of(w.format));
     if (x.K != w.K)
-        reject("activations with K = " + std::to_string(x.K) + " do not multiply weights with K = " + std::to_string(w.K));
+        reject("activations with K = " + std::to_string(x.K) + " do not multiply weights with K = "
+               + std::to_string(w.K));
     Fp4LinearArgs args = product_args(w, x.T, out, bias, residual);
     args.x = x;
     const Running running(backend);
     backend.kernels.fp4_linear(args, backend.pool, backend.scratch);
 }
 
-void w4a16_linear(Backend& backend, const py::array& x_array, const PackedFp4& w, const py::array& out, const std::optional<py::array>& bias,
-                  const std::optional<py::array>& residual) {
+void w4a16_linear(Backend& backend, const py::array& x_array, const PackedFp4& w, const py::array& out,
+                  const std::optional<py::array>& bias, const std::optional<py::array>& residual) {
     const Matrix x = matrix(x_array, "x");
     require_shape(x, "x", x.rows, w.K);
     const W4a16Args args{x.data, x.type, x.stride, x.rows, w.K, w.format, product_args(w, x.rows, out, bias, residual)};
@@ -287,11 +299,13 @@ void bind_fp4(py::module_& module, BackendClass& backend) {
         .def_property_readonly("N", [](const PackedFp4& w) { return w.N; })
         .def_property_readonly("K", [](const PackedFp4& w) { return w.K; })
         .def_property_readonly("nbytes", [](const PackedFp4& w) { return w.nbytes; });
-    backend.def("prepare_fp4", &prepare_fp4, py::arg("x"), py::arg("format"), py::arg("paths"), py::arg("sparse"), py::arg("norm_weight"),
-                py::arg("eps"), py::arg("silu"), py::arg("fixed_g"));
+    backend.def("prepare_fp4", &prepare_fp4, py::arg("x"), py::arg("format"), py::arg("paths"), py::arg("sparse"),
+                py::arg("norm_weight"), py::arg("eps"), py::arg("silu"), py::arg("fixed_g"));
     backend.def("pack_fp4", &pack_fp4, py::arg("shards"));
-    backend.def("fp4_linear", &fp4_linear, py::arg("operand"), py::arg("weight"), py::arg("out"), py::arg("bias"), py::arg("residual"));
-    backend.def("w4a16_linear", &w4a16_linear, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("bias"), py::arg("residual"));
+    backend.def("fp4_linear", &fp4_linear, py::arg("operand"), py::arg("weight"), py::arg("out"), py::arg("bias"),
+                py::arg("residual"));
+    backend.def("w4a16_linear", &w4a16_linear, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("bias"),
+                py::arg("residual"));
 }
 
 }  // namespace engine

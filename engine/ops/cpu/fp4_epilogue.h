@@ -10,11 +10,12 @@ namespace {
 
 // sums [rows][32] of one tile to out[row …][column …]; only the first n columns exist. g [T], or null for 1.
 template <class Out>
-void finish_columns(const Fp4LinearArgs& a, const float* g, const float* sums, int64_t row, int64_t rows, int64_t column,
-                    int64_t n) {
+void finish_columns(const Fp4LinearArgs& a, const float* g, const float* sums, int64_t row, int64_t rows,
+                    int64_t column, int64_t n) {
     for (int64_t r = row; r < row + rows; ++r, sums += 2 * kLanes) {
         Out* out = static_cast<Out*>(a.out) + r * a.out_stride + column;
-        const Out* residual = a.residual ? static_cast<const Out*>(a.residual) + r * a.residual_stride + column : nullptr;
+        const Out* residual = static_cast<const Out*>(a.residual);
+        if (residual) residual += r * a.residual_stride + column;
         for (int64_t j = 0; j < n; j += kLanes) {
             const int64_t left = min_of(kLanes, n - j);
             F32x16 scale = load(a.w_g + column + j);

@@ -1,5 +1,5 @@
-// What the FP4 kernels need of sixteen lanes beyond simd.h and fp32_math.h: comparisons, neighbours, nibbles. Include in
-// kernel files only. A comparison gives a number whose bit i belongs to lane i. Everything here is exact.
+// What the FP4 kernels need of sixteen lanes beyond simd.h and fp32_math.h: comparisons, neighbours, nibbles. Include
+// in kernel files only. A comparison gives a number whose bit i belongs to lane i. Everything here is exact.
 #pragma once
 
 #include "fp32_math.h"

@@ -1,16 +1,16 @@
 // fp4_linear: out [T, N] = (path 0 + path 1) · wᵀ · g · g_w + bias + residual, FP4 activations times FP4 weights.
 //
 // The work: activations are expanded to signed bytes, 32 k of a row in one entry (lay_out); that is T · K work beside
-// N · T · K. A tile of 32 columns (fp4_tiles.h) is then read once per block of rows: 32 k of it become sixteen registers
-// of unsigned bytes, and each row multiplies both its paths with those. So a second path costs arithmetic, but no memory
-// traffic.
+// N · T · K. A tile of 32 columns (fp4_tiles.h) is then read once per block of rows: 32 k of it become sixteen
+// registers of unsigned bytes, and each row multiplies both its paths with those. So a second path costs arithmetic,
+// but no memory traffic.
 //
 // Unsigned: the dot-product instructions take an unsigned and a signed factor, so weights carry an offset; that offset
 // times a row's sum of x, known when the row is laid out, is where its dot products begin.
 //
-// Order: within 32 k the paths' exact dot products, each times its scale, are added in fp32, path 0 first; the sum times
-// the weight's scale is added to the accumulator, 32 k after 32 k (where weights have scales per 16, twice per 32 k).
-// That depends on K alone: neither on T, nor on the block a row falls into, nor on the thread.
+// Order: within 32 k the paths' exact dot products, each times its scale, are added in fp32, path 0 first; the sum
+// times the weight's scale is added to the accumulator, 32 k after 32 k (where weights have scales per 16,
+// twice per 32 k). That depends on K alone: neither on T, nor on the block a row falls into, nor on the thread.
 
 #include "fp4_dot.h"
 #include "fp4_epilogue.h"
@@ -47,7 +47,8 @@ struct Shape {
 // ---- micro-kernel --------------------------------------------------------------------------------------------------
 
 template <class S, int p>
-static inline void add_path(const Bytes (&w)[2][8], const Entry<S::P>& x, F32x16 (&term)[S::Weights::kScalesPerHalf][2]) {
+static inline void add_path(const Bytes (&w)[2][8], const Entry<S::P>& x,
+                            F32x16 (&term)[S::Weights::kScalesPerHalf][2]) {
     constexpr int groups = S::groups(p), steps = 8 / groups;
     for (int h = 0; h < groups; ++h) {
         const int32_t start = x.start[p][h];
@@ -88,6 +89,7 @@ void multiply(const uint8_t* w, const Entry<S::P>* x, int64_t steps, int64_t row
         const int half = static_cast<int>(step & 1);
         const uint8_t* block = w + step / 2 * W::kBlockBytes;
         const uint8_t *lines = block + half * (kFp4CodeBytes / 2), *scales = block + kFp4CodeBytes;
+        prefetch_weights<W>(block, half);
         Bytes bytes[2][8];
         F32x16 scale[W::kScalesPerHalf][2];
         for (int c = 0; c < 2; ++c) {
@@ -98,7 +100,7 @@ void multiply(const uint8_t* w, const Entry<S::P>* x, int64_t steps, int64_t row
     }
 }
 
-// ---- laying out rows -------------------------------------------------------------------------------------------------
+// ---- laying out rows ------------------------------------------------------------------------------------------------
 
 constexpr int8_t kE2m1Integers[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 constexpr int8_t kS1p2Integers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 0, -1, -2, -3, -4, -5, -6, -7};
@@ -199,7 +201,7 @@ void lay_out(const Fp4Operand& a, int64_t row, int64_t rows, Entry<S::P>* entrie
     }
 }
 
-// ---- the loops -------------------------------------------------------------------------------------------------------
+// ---- the loops ------------------------------------------------------------------------------------------------------
 
 // `rows` rows in near-equal blocks, `first` of them on.
 struct RowBlocks {
@@ -209,8 +211,10 @@ struct RowBlocks {
 };
 
 template <class S>
-void multiply_chunk(const Fp4LinearArgs& a, int64_t first_row, RowBlocks blocks, Entry<S::P>* entries, ThreadPool& pool) {
-    const int64_t steps = a.x.K / kStepK, tiles = fp4_num_tiles(a.N), bytes = fp4_tile_bytes(a.x.K, a.x.format, a.w_block);
+void multiply_chunk(const Fp4LinearArgs& a, int64_t first_row, RowBlocks blocks, Entry<S::P>* entries,
+                    ThreadPool& pool) {
+    const int64_t steps = a.x.K / kStepK, tiles = fp4_num_tiles(a.N);
+    const int64_t bytes = fp4_tile_bytes(a.x.K, a.x.format, a.w_block);
     pool.parallel_for(blocks.count, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t b = begin; b < end; ++b)
             lay_out<S>(a.x, first_row + blocks.begin(b), blocks.size(b), entries + blocks.begin(b) * steps);

@@ -114,7 +114,8 @@ struct Hif4 {
         uint32_t word = encode_scale(largest_magnitude(x) * (1.0f / 7.0f));
         const F32x16 E = broadcast(bits_float((word << 21) + ((127 - 48) << 23)));
         for (int v = 0; v < 4; ++v) {
-            const F32x16 of_2 = max(abs(x[v]), rotate_in_fours<1>(abs(x[v]))), of_4 = max(of_2, rotate_in_fours<2>(of_2));
+            const F32x16 of_2 = max(abs(x[v]), rotate_in_fours<1>(abs(x[v])));
+            const F32x16 of_4 = max(of_2, rotate_in_fours<2>(of_2));
             const F32x16 of_8 = max(of_4, swap_fours(of_4));
             const uint32_t e8 = at_least(of_8, broadcast(4.0f) * E);
             F32x16 step = E + keep(e8, E);

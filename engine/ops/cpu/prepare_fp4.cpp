@@ -1,8 +1,8 @@
 // prepare_fp4: rows of activations into FP4 operands, bit for bit what engine/ops/fp4/split.py defines.
 //
-// A row is made once (loaded, or normalised, or silu(gate) · up rounded to bf16) into a thread's buffer, which the cache
-// keeps; its largest magnitude is found on the way. Then chunks of 32 k (HiF4: 64) go from there to their codes in
-// registers: mask, backbone, residual.
+// A row is made once (loaded, or normalised, or silu(gate) · up rounded to bf16) into a thread's buffer, which the
+// cache keeps; its largest magnitude is found on the way. Then chunks of 32 k (HiF4: 64) go from there to their codes
+// in registers: mask, backbone, residual.
 
 #include "fp4_quantize.h"
 #include "kernels.h"
@@ -61,11 +61,12 @@ int32_t make_row(const PrepareArgs& a, int64_t t, float* row) {
     return load_row(x, row, a.to.K);
 }
 
-// ---- the mask --------------------------------------------------------------------------------------------------------
+// ---- the mask -------------------------------------------------------------------------------------------------------
 
 // Which of each four neighbouring scores are among the best two, the first of equals winning.
 static inline uint32_t best_two_of_four(F32x16 score) {
-    const F32x16 next = rotate_in_fours<1>(score), opposite = rotate_in_fours<2>(score), last = rotate_in_fours<3>(score);
+    const F32x16 next = rotate_in_fours<1>(score), opposite = rotate_in_fours<2>(score);
+    const F32x16 last = rotate_in_fours<3>(score);
     // Where the rotation wrapped around, the other score comes first and wins a tie.
     const uint32_t a = greater(next, score) | (at_least(next, score) & 0x8888);
     const uint32_t b = greater(opposite, score) | (at_least(opposite, score) & 0xcccc);
@@ -85,7 +86,7 @@ static inline uint32_t doubled(uint32_t bits) {
     return bits | bits << 1;
 }
 
-// ---- chunks ----------------------------------------------------------------------------------------------------------
+// ---- chunks ---------------------------------------------------------------------------------------------------------
 
 // One path of a chunk of V vectors, one scale every B: values, payload (one word per vector) and scales.
 template <class Format, int V, int B>
