@@ -378,9 +378,7 @@ def command(*arguments: object, limit: int | None = None) -> subprocess.Complete
         script += f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
     script += "runpy.run_module('engine.quantize', run_name='__main__', alter_sys=True)"
     arguments = ("-c", script, *arguments)
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_command_line(source: Path) -> None:

@@ -131,8 +131,15 @@ CASES: dict[str, TinyCase] = {
     ),
     "qwen2_tied_group7": TinyCase(
         _qwen2(
-            hidden_size=56, num_attention_heads=7, num_key_value_heads=1, tie_word_embeddings=True, rope_theta=1e6,
-            sliding_window=32, use_sliding_window=False, max_window_layers=1, rms_norm_eps=1e-6,
+            hidden_size=56,
+            num_attention_heads=7,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            rope_theta=1e6,
+            sliding_window=32,
+            use_sliding_window=False,
+            max_window_layers=1,
+            rms_norm_eps=1e-6,
         ),
         without={"use_sliding_window": True, "sliding_window": 8},
     ),
@@ -149,8 +156,11 @@ CASES: dict[str, TinyCase] = {
     ),
     "qwen3_bias_window_yarn": TinyCase(
         _qwen3(
-            attention_bias=True, max_window_layers=1, rope_parameters={"rope_theta": 1e6, "rope_type": "yarn", **_YARN},
-            torch_dtype="float16", **_WINDOWED,
+            attention_bias=True,
+            max_window_layers=1,
+            rope_parameters={"rope_theta": 1e6, "rope_type": "yarn", **_YARN},
+            torch_dtype="float16",
+            **_WINDOWED,
         ),
         without={"use_sliding_window": False},
     ),
@@ -228,16 +238,30 @@ def write_tokenizer(directory: Path) -> None:
     """A byte-level tokenizer without merges: token i is byte i, then the special tokens."""
     specials = {"<|endoftext|>": EOS, "<|begin|>": BOS}
     added = [
-        {"id": i, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False}
+        {
+            "id": i,
+            "content": text,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
         for text, i in specials.items()
     ]
     vocab = {character: byte for byte, character in enumerate(_byte_characters())}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": False, "ignore_merges": False}
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": model,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": model,
     }
     _write_json(directory / "tokenizer.json", tokenizer)
     _write_json(directory / "tokenizer_config.json", {"eos_token": "<|endoftext|>", "bos_token": "<|begin|>"})

@@ -114,9 +114,7 @@ def _items(
             yield _quantized(source, "lm_head", name, kinds["lm_head"], layout, linears["lm_head"])
 
 
-def _quantized(
-    source: Checkpoint, module: str, name: str, kind: Kind, layout: Layout, shape: tuple[int, int]
-) -> Item:
+def _quantized(source: Checkpoint, module: str, name: str, kind: Kind, layout: Layout, shape: tuple[int, int]) -> Item:
     entry = source.entry(name)
     if entry.shape != shape or entry.dtype not in FLOATS:
         raise WeightsError(
@@ -266,9 +264,7 @@ def _finished(path: Path, shard: Shard) -> bool:
 
 
 def _check_space(plan: Plan, work: Path) -> None:
-    needed = sum(
-        sum(item.nbytes for item in shard.items) for shard in plan.shards if not (work / shard.file).is_file()
-    )
+    needed = sum(sum(item.nbytes for item in shard.items) for shard in plan.shards if not (work / shard.file).is_file())
     free = shutil.disk_usage(work).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")

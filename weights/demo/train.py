@@ -125,20 +125,67 @@ SOURCES: tuple[tuple[str, str, str, str], ...] = (
 
 #: A path with one of these components is skipped: tests, data, translations,
 #: vendored copies (other licences) and machine-made files.
-SKIPPED_PARTS = frozenset((
-    "LICENSES", "_data", "_vendor", "_vendored", "array_api_compat", "baseline_images", "data",
-    "datasets", "encodings", "ensurepip", "extern", "externals", "fixtures", "generated",
-    "idlelib", "lex", "lib2to3", "licenses", "locale", "locales", "node_modules", "pydoc_data",
-    "site-packages", "static", "test", "test-data", "test_data", "testdata", "testing",
-    "tests", "translations", "turtledemo", "unicodedata", "vendor", "vendored",
-))
+SKIPPED_PARTS = frozenset(
+    (
+        "LICENSES",
+        "_data",
+        "_vendor",
+        "_vendored",
+        "array_api_compat",
+        "baseline_images",
+        "data",
+        "datasets",
+        "encodings",
+        "ensurepip",
+        "extern",
+        "externals",
+        "fixtures",
+        "generated",
+        "idlelib",
+        "lex",
+        "lib2to3",
+        "licenses",
+        "locale",
+        "locales",
+        "node_modules",
+        "pydoc_data",
+        "site-packages",
+        "static",
+        "test",
+        "test-data",
+        "test_data",
+        "testdata",
+        "testing",
+        "tests",
+        "translations",
+        "turtledemo",
+        "unicodedata",
+        "vendor",
+        "vendored",
+    )
+)
 #: Files under other terms than their package: GFDL, GPL, and CC-BY-NC-ND documentation.
-EXCLUDED_FILES = ("ZODB/*/old-guide/*", "plotnine/*/theme_tufte.py",
-                  "nltk/*.md", "nltk/*.rst", "nltk/*.txt")
+EXCLUDED_FILES = ("ZODB/*/old-guide/*", "plotnine/*/theme_tufte.py", "nltk/*.md", "nltk/*.rst", "nltk/*.txt")
 SUFFIXES = {".py": "code", ".rst": "prose", ".md": "prose", ".txt": "prose"}
-SKIPPED_NAMES = ("license", "licence", "copying", "requirements", "authors", "contributors",
-                 "sources", "top_level", "notice", "cmakelists", "manifest", "thanks", "lextab",
-                 "yacctab", "_builtins", "entities", "unistring")
+SKIPPED_NAMES = (
+    "license",
+    "licence",
+    "copying",
+    "requirements",
+    "authors",
+    "contributors",
+    "sources",
+    "top_level",
+    "notice",
+    "cmakelists",
+    "manifest",
+    "thanks",
+    "lextab",
+    "yacctab",
+    "_builtins",
+    "entities",
+    "unistring",
+)
 #: Characters of one kind taken out of one source, for the balance of the mix.
 MAX_PER_SOURCE = {"code": 1_200_000, "prose": 6_000_000}
 MAX_FROM_STDLIB = {"code": 4_000_000, "prose": 6_000_000}
@@ -170,8 +217,19 @@ def download(work: Path) -> None:
     for name, version, kind, _ in SOURCES:
         if find_archive(work, name, version, kind) is None:
             choice = "--no-binary" if kind == "sdist" else "--only-binary"
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", choice,
-                       name, "--dest", str(work / "dl"), f"{name}=={version}"]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                choice,
+                name,
+                "--dest",
+                str(work / "dl"),
+                f"{name}=={version}",
+            ]
             subprocess.run(command, check=True)
 
 
@@ -336,7 +394,9 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=ModelConfig.vocab, special_tokens=[EOS], show_progress=False,
+        vocab_size=ModelConfig.vocab,
+        special_tokens=[EOS],
+        show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -593,13 +653,13 @@ def average_gradients(model: Decoder, ranks: int) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def train_rank(rank: int, ranks: int, meeting: Path, work: Path, steps: int, save_every: int,
-               compiled: bool) -> None:
+def train_rank(rank: int, ranks: int, meeting: Path, work: Path, steps: int, save_every: int, compiled: bool) -> None:
     """Train up to ``steps``, from the checkpoint if there is one; rank 0 reports and saves."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    dist.init_process_group("gloo", init_method=f"file://{meeting.absolute()}", rank=rank,
-                            world_size=ranks, timeout=timedelta(days=1))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting.absolute()}", rank=rank, world_size=ranks, timeout=timedelta(days=1)
+    )
     train_ids, held_ids = np.load(work / "train.npy"), np.load(work / "heldout.npy")
     model = Decoder(ModelConfig())
     optimizer = make_optimizer(model)
@@ -614,8 +674,7 @@ def train_rank(rank: int, ranks: int, meeting: Path, work: Path, steps: int, sav
         schedule = Schedule(**state["schedule"]).replanned(first, steps)
     if rank == 0:
         count = sum(p.numel() for p in model.parameters())
-        print(f"{count:,d} parameters, {len(train_ids):,d} training tokens, from step {first}, "
-              f"{schedule}", flush=True)
+        print(f"{count:,d} parameters, {len(train_ids):,d} training tokens, from step {first}, {schedule}", flush=True)
     loss_of = torch.compile(model.loss, dynamic=False) if compiled else model.loss
     window, since, mark = 0.0, time.monotonic(), first
     for step in range(first, steps):
@@ -635,16 +694,26 @@ def train_rank(rank: int, ranks: int, meeting: Path, work: Path, steps: int, sav
         if rank == 0 and done % 20 == 0:
             spent = time.monotonic() - since
             speed = (done - mark) * TOKENS_PER_STEP / spent
-            print(f"{time.strftime('%T')} step {done}/{steps} loss {window / 20:.4f} "
-                  f"rate {rate:.2e} {speed:,.0f} tokens/s", flush=True)
+            print(
+                f"{time.strftime('%T')} step {done}/{steps} loss {window / 20:.4f} "
+                f"rate {rate:.2e} {speed:,.0f} tokens/s",
+                flush=True,
+            )
             seconds += spent
             window, since, mark = 0.0, time.monotonic(), done
         if rank == 0 and (done % save_every == 0 or done == steps):
             print(f"step {done} held-out loss {heldout_loss(model, held_ids):.4f}", flush=True)
-            save_checkpoint(path, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
-                "rng": torch.get_rng_state(), "seconds": seconds, "schedule": asdict(schedule),
-            })
+            save_checkpoint(
+                path,
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": done,
+                    "rng": torch.get_rng_state(),
+                    "seconds": seconds,
+                    "schedule": asdict(schedule),
+                },
+            )
             seconds += time.monotonic() - since
             since, mark = time.monotonic(), done
     dist.barrier()
@@ -702,25 +771,38 @@ def stage_export(work: Path, out: Path) -> None:
     state = torch.load(work / "checkpoint.pt", weights_only=True)
     config = ModelConfig()
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": tensor.to(torch.bfloat16).contiguous()
-               for name, tensor in state["model"].items()}
+    tensors = {f"model.{name}": tensor.to(torch.bfloat16).contiguous() for name, tensor in state["model"].items()}
     beside = out / "model.safetensors.partial"
     save_file(tensors, beside, metadata={"format": "pt"})
     beside.chmod(0o644)
     os.replace(beside, out / "model.safetensors")
     write_json(out / "config.json", hf_config(config))
-    write_json(out / "generation_config.json", {
-        "do_sample": True, "eos_token_id": 0, "max_new_tokens": 200,
-        "temperature": 0.7, "top_p": 0.9,
-    })
-    write_json(out / "tokenizer_config.json", {
-        "add_prefix_space": False, "clean_up_tokenization_spaces": False, "eos_token": EOS,
-        "model_max_length": config.max_positions, "tokenizer_class": "PreTrainedTokenizerFast",
-    })
+    write_json(
+        out / "generation_config.json",
+        {
+            "do_sample": True,
+            "eos_token_id": 0,
+            "max_new_tokens": 200,
+            "temperature": 0.7,
+            "top_p": 0.9,
+        },
+    )
+    write_json(
+        out / "tokenizer_config.json",
+        {
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": EOS,
+            "model_max_length": config.max_positions,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    )
     for name in ("tokenizer.json", "heldout.txt"):
         (out / name).write_bytes((work / name).read_bytes())
-    print(f"exported step {state['step']} of {state['schedule']['steps']}, "
-          f"{state['step'] * TOKENS_PER_STEP:,d} tokens, {state['seconds'] / 3600:.2f} hours")
+    print(
+        f"exported step {state['step']} of {state['schedule']['steps']}, "
+        f"{state['step'] * TOKENS_PER_STEP:,d} tokens, {state['seconds'] / 3600:.2f} hours"
+    )
 
 
 # --------------------------------------------------------------------------
@@ -740,8 +822,7 @@ def perplexity(model: nn.Module, ids: Tensor, window: int = 1024, stride: int = 
         end = min(begin + window, len(ids))
         logits = model(ids[None, begin:end])
         logits = getattr(logits, "logits", logits)[0]
-        picked = F.cross_entropy(logits[scored - begin - 1 : -1].double(), ids[scored:end],
-                                 reduction="sum")
+        picked = F.cross_entropy(logits[scored - begin - 1 : -1].double(), ids[scored:end], reduction="sum")
         total, count, scored = total + float(picked), count + end - scored, end
         if end == len(ids):
             break
@@ -764,12 +845,13 @@ def stage_verify(out: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     with torch.no_grad():
         mine, other = ours(ids[None, :1024]), theirs(ids[None, :1024]).logits
-        print(f"largest logit {other.abs().max():.3f}, "
-              f"largest difference {(mine - other).abs().max():.2e}")
+        print(f"largest logit {other.abs().max():.3f}, largest difference {(mine - other).abs().max():.2e}")
         value = perplexity(theirs, ids)
     size = len(text.encode())
-    print(f"held-out: {size:,d} bytes, {len(ids):,d} tokens, perplexity {value:.4f}, "
-          f"{math.log2(value) * len(ids) / size:.4f} bits per byte")
+    print(
+        f"held-out: {size:,d} bytes, {len(ids):,d} tokens, perplexity {value:.4f}, "
+        f"{math.log2(value) * len(ids) / size:.4f} bits per byte"
+    )
 
 
 def stage_sample(out: Path, prompt: str, seed: int) -> None:
@@ -806,8 +888,7 @@ def main() -> None:
     elif options.stage == "tokenizer":
         stage_tokenizer(options.work)
     elif options.stage == "train":
-        stage_train(options.work, options.steps, options.save_every, not options.no_compile,
-                    options.ranks)
+        stage_train(options.work, options.steps, options.save_every, not options.no_compile, options.ranks)
     elif options.stage == "export":
         stage_export(options.work, options.out)
     elif options.stage == "verify":
