@@ -1,7 +1,8 @@
 // The block quantisers of engine/ops/fp4/blocks.py on vectors of sixteen, bit for bit. Include in kernel files only.
 //
-// Format::quantize takes one block of 16 · V elements and gives its stored scale, its codes (one a lane, sign in bit 3)
-// and the values they stand for, without the global scale.
+// Two steps, so that scales are found for sixteen blocks at once: Format::scales turns largest magnitudes into scale
+// bytes and what encoding needs; Format::encode takes one block of 16 · B elements and gives its stored scale, its
+// codes (one a lane, sign in bit 3) and the values they stand for, without the global scale.
 #pragma once
 
 #include "fp4_lanes.h"
@@ -18,11 +19,14 @@ static inline float largest_magnitude(const F32x16 (&x)[V]) {
 }
 
 // fp32's exponent and the top `bits` of its mantissa, nearest-even; s normal and positive.
-static inline uint32_t rounded_mantissa(float s, int bits) {
-    const int dropped = 23 - bits;
-    const uint32_t raw = float_bits(s);
-    return (raw + ((1u << (dropped - 1)) - 1) + (raw >> dropped & 1)) >> dropped;
+template <int bits>
+static inline I32x16 rounded_mantissa(F32x16 s) {
+    constexpr int dropped = 23 - bits;
+    const I32x16 raw = float_to_bits(s), last = shift_right_signed<dropped>(raw) & broadcast_i32(1);
+    return shift_right_signed<dropped>(raw + last + broadcast_i32((1 << (dropped - 1)) - 1));
 }
+
+static inline F32x16 clamp(F32x16 a, float low, float high) { return max(min(a, broadcast(high)), broadcast(low)); }
 
 // Nearest E2M1 code of y, ties to even, saturating. A number in [2^e, 2^(e+1)) has steps of 2^(e−1), one below 1 those
 // of e = 0; adding 2^(22+e), whose last bit is worth just that, makes the addition round and leaves y / step, n, in the
@@ -48,39 +52,43 @@ static inline I32x16 encode_s1p2(F32x16 y, F32x16& value) {
     return (float_to_bits(rounded) & broadcast_i32(7)) | (shift_right_signed<28>(sign) & broadcast_i32(8));
 }
 
-struct Ue4m3Table {
-    float value[127], inverse[127];  // of byte 0, which no encoder writes: 0
+// Of sixteen blocks: the scale's (leading) byte, and two numbers encode() broadcasts.
+struct Scales {
+    I32x16 byte;
+    F32x16 inverse, value;
 };
-constexpr Ue4m3Table ue4m3_table() {
-    Ue4m3Table table{};
-    for (int byte = 1; byte < 127; ++byte) {
-        const int exponent = byte >> 3, mantissa = byte & 7;
-        float value = static_cast<float>(exponent == 0 ? mantissa : 8 + mantissa) / 512.0f;
-        for (int e = 1; e < exponent; ++e) value *= 2;
-        table.value[byte] = value;
-        table.inverse[byte] = 1.0f / value;
+
+template <int B>
+static inline void encode_scaled_e2m1(const F32x16 (&x)[B], float inverse, float scale, I32x16 (&code)[B],
+                                      F32x16 (&value)[B]) {
+    for (int v = 0; v < B; ++v) {
+        code[v] = encode_e2m1(x[v] * broadcast(inverse), value[v]);
+        value[v] = value[v] * broadcast(scale);
     }
-    return table;
 }
-constexpr Ue4m3Table kUe4m3 = ue4m3_table();
 
 struct Nvfp4 {
     using Scale = uint8_t;
     static constexpr bool kGlobalScale = true;
 
-    static inline uint32_t encode_scale(float s) {
-        s = s < 0x1p-9f ? 0x1p-9f : s > 448.0f ? 448.0f : s;
-        if (s < 0x1p-6f) return float_bits(s * 512.0f + 0x1p23f) & 0xff;  // the addition rounds
-        return rounded_mantissa(s, 3) - (120 << 3);
+    static inline Scales scales(F32x16 amax) {
+        const F32x16 s = clamp(amax / broadcast(6.0f), 0x1p-9f, 448.0f);
+        const uint32_t is_normal = at_least(s, broadcast(0x1p-6f));
+        const I32x16 rounded = rounded_mantissa<3>(s);
+        const F32x16 multiple = s * broadcast(512.0f) + broadcast(0x1p23f);  // of 2^-9; the addition rounds
+        const auto choose = [&](F32x16 normal, F32x16 subnormal) {
+            return float_to_bits(keep(is_normal, normal)) | float_to_bits(keep(~is_normal, subnormal));
+        };
+        const F32x16 small = (multiple - broadcast(0x1p23f)) * broadcast(0x1p-9f);
+        const F32x16 value = bits_to_float(choose(bits_to_float(shift_left<20>(rounded)), small));
+        const I32x16 normal_byte = rounded - broadcast_i32(120 << 3);
+        const I32x16 small_byte = float_to_bits(multiple) & broadcast_i32(0xff);
+        return {choose(bits_to_float(normal_byte), bits_to_float(small_byte)), broadcast(1.0f) / value, value};
     }
-    template <int V>
-    static inline Scale quantize(const F32x16 (&x)[V], I32x16 (&code)[V], F32x16 (&value)[V]) {
-        const uint32_t byte = encode_scale(largest_magnitude(x) / 6.0f);
-        const F32x16 inverse = broadcast(kUe4m3.inverse[byte]), scale = broadcast(kUe4m3.value[byte]);
-        for (int v = 0; v < V; ++v) {
-            code[v] = encode_e2m1(x[v] * inverse, value[v]);
-            value[v] = value[v] * scale;
-        }
+    template <int B>
+    static inline Scale encode(const F32x16 (&x)[B], int32_t byte, float inverse, float scale, I32x16 (&code)[B],
+                               F32x16 (&value)[B]) {
+        encode_scaled_e2m1(x, inverse, scale, code, value);
         return static_cast<Scale>(byte);
     }
 };
@@ -89,15 +97,15 @@ struct Mxfp4 {
     using Scale = uint8_t;
     static constexpr bool kGlobalScale = false;
 
-    template <int V>
-    static inline Scale quantize(const F32x16 (&x)[V], I32x16 (&code)[V], F32x16 (&value)[V]) {
-        const uint32_t exponent = float_bits(largest_magnitude(x)) >> 23, byte = exponent < 2 ? 0 : exponent - 2;
-        const F32x16 inverse = broadcast(bits_float((254 - byte) << 23));
-        const F32x16 scale = broadcast(bits_float(byte ? byte << 23 : 0x00400000));
-        for (int v = 0; v < V; ++v) {
-            code[v] = encode_e2m1(x[v] * inverse, value[v]);
-            value[v] = value[v] * scale;
-        }
+    static inline Scales scales(F32x16 amax) {
+        const I32x16 byte = max(shift_right_signed<23>(float_to_bits(amax)) - broadcast_i32(2), broadcast_i32(0));
+        const I32x16 value = max(shift_left<23>(byte), broadcast_i32(0x00400000));  // byte 0 is 2^-127, subnormal
+        return {byte, bits_to_float(shift_left<23>(broadcast_i32(254) - byte)), bits_to_float(value)};
+    }
+    template <int B>
+    static inline Scale encode(const F32x16 (&x)[B], int32_t byte, float inverse, float scale, I32x16 (&code)[B],
+                               F32x16 (&value)[B]) {
+        encode_scaled_e2m1(x, inverse, scale, code, value);
         return static_cast<Scale>(byte);
     }
 };
@@ -106,13 +114,15 @@ struct Hif4 {
     using Scale = uint32_t;
     static constexpr bool kGlobalScale = false;
 
-    static inline uint32_t encode_scale(float s) {
-        s = s < 0x1p-48f ? 0x1p-48f : s > 0x1.8p15f ? 0x1.8p15f : s;
-        return rounded_mantissa(s, 2) - ((127 - 48) << 2);
+    static inline Scales scales(F32x16 amax) {
+        const I32x16 rounded = rounded_mantissa<2>(clamp(amax * broadcast(1.0f / 7.0f), 0x1p-48f, 0x1.8p15f));
+        const F32x16 E = bits_to_float(shift_left<21>(rounded));
+        return {rounded - broadcast_i32((127 - 48) << 2), E, E};
     }
-    static inline Scale quantize(const F32x16 (&x)[4], I32x16 (&code)[4], F32x16 (&value)[4]) {
-        uint32_t word = encode_scale(largest_magnitude(x) * (1.0f / 7.0f));
-        const F32x16 E = broadcast(bits_float((word << 21) + ((127 - 48) << 23)));
+    static inline Scale encode(const F32x16 (&x)[4], int32_t byte, float, float scale, I32x16 (&code)[4],
+                               F32x16 (&value)[4]) {
+        uint32_t word = static_cast<uint32_t>(byte);
+        const F32x16 E = broadcast(scale);
         for (int v = 0; v < 4; ++v) {
             const F32x16 of_2 = max(abs(x[v]), rotate_in_fours<1>(abs(x[v])));
             const F32x16 of_4 = max(of_2, rotate_in_fours<2>(of_2));

@@ -1,8 +1,9 @@
 // prepare_fp4: rows of activations into FP4 operands, bit for bit what engine/ops/fp4/split.py defines.
 //
 // A row is made once (loaded, or normalised, or silu(gate) · up rounded to bf16) into a thread's buffer, which the
-// cache keeps; its largest magnitude is found on the way. Then chunks of 32 k (HiF4: 64) go from there to their codes
-// in registers: mask, backbone, residual.
+// cache keeps; its largest magnitude is found on the way. Groups of 16 chunks of 32 k (HiF4: 64) then go from there to
+// their codes in five loops (scaling, backbone scales, mask and backbone, residual scales, residual), whose iterations
+// do not wait for one another: chunk by chunk, the way from a block to its scale and back would take twice the time.
 
 #include "fp4_quantize.h"
 #include "kernels.h"
@@ -88,15 +89,42 @@ static inline uint32_t doubled(uint32_t bits) {
 
 // ---- chunks ---------------------------------------------------------------------------------------------------------
 
-// One path of a chunk of V vectors, one scale every B: values, payload (one word per vector) and scales.
-template <class Format, int V, int B>
-static inline void quantize_chunk(const F32x16 (&x)[V], F32x16 (&value)[V], uint64_t (&payload)[V],
-                                  typename Format::Scale* scale) {
+constexpr int kGroup = 16;  // chunks
+
+// The blocks of one path of a group: at most two a chunk.
+struct GroupScales {
+    float amax[2 * kGroup], inverse[2 * kGroup], value[2 * kGroup];
+    int32_t byte[2 * kGroup];
+
+    template <class Format>
+    void find(int64_t count) {
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const Scales s = Format::scales(load(amax + i));
+            store_n(byte + i, s.byte, kLanes);
+            store(inverse + i, s.inverse);
+            store(value + i, s.value);
+        }
+    }
+};
+
+template <int V, int B>
+static inline void find_largest(const F32x16 (&x)[V], float* amax) {
     for (int first = 0; first < V; first += B) {
-        F32x16 block[B], decoded[B];
-        I32x16 code[B];
+        F32x16 block[B];
         for (int i = 0; i < B; ++i) block[i] = x[first + i];
-        scale[first / B] = Format::quantize(block, code, decoded);
+        amax[first / B] = largest_magnitude(block);
+    }
+}
+
+// One path of a chunk of V vectors with a scale every B: values, payload (one word per vector) and stored scales.
+template <class Format, int V, int B>
+static inline void encode_chunk(const F32x16 (&x)[V], const GroupScales& scales, int64_t block, F32x16 (&value)[V],
+                                uint64_t (&payload)[V], typename Format::Scale* stored) {
+    for (int first = 0; first < V; first += B, ++block, ++stored) {
+        F32x16 in[B], decoded[B];
+        I32x16 code[B];
+        for (int i = 0; i < B; ++i) in[i] = x[first + i];
+        *stored = Format::encode(in, scales.byte[block], scales.inverse[block], scales.value[block], code, decoded);
         for (int i = 0; i < B; ++i) {
             value[first + i] = decoded[i];
             payload[first + i] = nibbles(code[i]);
@@ -164,49 +192,71 @@ static inline void mask_chunk(const F32x16 (&x)[V], F32x16 (&kept_x)[V], uint32_
     }
 }
 
-// Steps 2 to 4 for a chunk of V vectors; scales every B0 vectors in path 0, every B1 in path 1.
+// The kept codes of a chunk and their numbers.
+template <class Format, int V>
+static inline void put_kept(const uint64_t (&payload)[V], const uint32_t (&kept)[V], RowOut<Format>& out) {
+    constexpr int meta_bytes = V == 2 ? 1 : 2;  // of 16 k
+    for (int v = 0; v < V; ++v, out.codes[0] += 4, out.meta += meta_bytes)
+        V == 2 ? store_kept_pairs(payload[v], kept[v], out.codes[0], out.meta)
+               : store_kept_elements(payload[v], kept[v], out.codes[0], out.meta);
+}
+
+template <int V>
+static inline void load_chunk(const float* from, F32x16 (&x)[V]) {
+    for (int v = 0; v < V; ++v) x[v] = load(from + v * kLanes);
+}
+
+// `chunks` chunks of V vectors; scales every B0 vectors in path 0, every B1 in path 1. x is scaled in place, then
+// becomes the residual.
 template <class Format, Mode mode, int V, int B0, int B1>
-static inline void split_chunk(const F32x16 (&x)[V], RowOut<Format>& out) {
-    F32x16 kept_x[V], value[V], rest[V];
+static inline void split_group(float* x, F32x16 divisor, int64_t chunks, RowOut<Format>& out) {
+    constexpr int64_t kChunk = V * kLanes, kBlocks0 = V / B0, kBlocks1 = V / B1;
+    GroupScales scales{};
+    F32x16 chunk[V], value[V], kept_x[V];
     uint64_t payload[V];
     uint32_t kept[V];
-    if constexpr (mode == Mode::sparse) mask_chunk<Format, V>(x, kept_x, kept);
-    quantize_chunk<Format, V, B0>(mode == Mode::sparse ? kept_x : x, value, payload, out.scale[0]);
-    out.scale[0] += V / B0;
-    if constexpr (mode != Mode::sparse) {
-        out.put_payload(0, payload);
-    } else if constexpr (V == 2) {
-        for (int v = 0; v < V; ++v) store_kept_pairs(payload[v], kept[v], out.codes[0] + 4 * v, out.meta + v);
-        out.codes[0] += 8;
-        out.meta += 2;
-    } else {
-        for (int v = 0; v < V; ++v) store_kept_elements(payload[v], kept[v], out.codes[0] + 4 * v, out.meta + 2 * v);
-        out.codes[0] += 16;
-        out.meta += 8;
+    for (int64_t c = 0; c < chunks; ++c) {
+        load_chunk(x + c * kChunk, chunk);
+        for (int v = 0; v < V; ++v) {
+            chunk[v] = rounded_to_bf16(Format::kGlobalScale ? chunk[v] / divisor : chunk[v]);
+            store(x + c * kChunk + v * kLanes, chunk[v]);
+        }
+        find_largest<V, B0>(chunk, scales.amax + c * kBlocks0);  // what is kept includes the largest
     }
-    if constexpr (mode != Mode::single) {
-        for (int v = 0; v < V; ++v) rest[v] = x[v] - value[v];
-        quantize_chunk<Format, V, B1>(rest, value, payload, out.scale[1]);
-        out.scale[1] += V / B1;
+    scales.find<Format>(chunks * kBlocks0);
+    for (int64_t c = 0; c < chunks; ++c, out.scale[0] += kBlocks0) {
+        load_chunk(x + c * kChunk, chunk);
+        if constexpr (mode == Mode::sparse) mask_chunk<Format, V>(chunk, kept_x, kept);
+        const F32x16 (&in)[V] = mode == Mode::sparse ? kept_x : chunk;
+        encode_chunk<Format, V, B0>(in, scales, c * kBlocks0, value, payload, out.scale[0]);
+        if constexpr (mode == Mode::sparse) put_kept<Format, V>(payload, kept, out);
+        else out.put_payload(0, payload);
+        if constexpr (mode != Mode::single) {
+            for (int v = 0; v < V; ++v) {
+                chunk[v] = chunk[v] - value[v];
+                store(x + c * kChunk + v * kLanes, chunk[v]);
+            }
+            find_largest<V, B1>(chunk, scales.amax + c * kBlocks1);
+        }
+    }
+    if constexpr (mode == Mode::single) return;
+    scales.find<Format>(chunks * kBlocks1);
+    for (int64_t c = 0; c < chunks; ++c, out.scale[1] += kBlocks1) {
+        load_chunk(x + c * kChunk, chunk);
+        encode_chunk<Format, V, B1>(chunk, scales, c * kBlocks1, value, payload, out.scale[1]);
         out.put_payload(1, payload);
     }
 }
 
 template <class Format, Mode mode, int V, int B0, int B1>
-void split_row(const float* row, float g, const Fp4Operand& to, int64_t t) {
+void split_row(float* row, float g, const Fp4Operand& to, int64_t t) {
     RowOut<Format> out(to, t);
-    const F32x16 divisor = broadcast(g);
-    for (int64_t k = 0; k < to.K; k += V * kLanes) {
-        F32x16 x[V];
-        for (int v = 0; v < V; ++v) {
-            x[v] = load(row + k + v * kLanes);
-            x[v] = rounded_to_bf16(Format::kGlobalScale ? x[v] / divisor : x[v]);
-        }
-        split_chunk<Format, mode, V, B0, B1>(x, out);
-    }
+    const int64_t chunks = to.K / (V * kLanes);
+    for (int64_t c = 0; c < chunks; c += kGroup)
+        split_group<Format, mode, V, B0, B1>(row + c * V * kLanes, broadcast(g), min_of(kGroup, chunks - c), out);
 }
 
-using SplitRow = void (*)(const float* row, float g, const Fp4Operand& to, int64_t t);
+using SplitRow = void (*)(float* row, float g, const Fp4Operand& to, int64_t t);
 
 template <class Format, int V, int B>
 SplitRow split_with_one_block(const Fp4Operand& to) {
