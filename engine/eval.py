@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.bench.machine import describe_machine
 from engine.cli import add_model_options, open_model, run, say
 from engine.config import QuantConfig
 from engine.errors import InvalidArgument
@@ -206,7 +207,7 @@ def compare_main(options: argparse.Namespace) -> None:
     table = [_row(row, rows) for row in rows]
     if options.json:
         about = {"model": options.model, "text": name, "window": window, "stride": stride, "tokens": tokens}
-        print(json.dumps({**about, "dtype": options.dtype, "rows": table}, indent=1))
+        print(json.dumps({**about, "dtype": options.dtype, "rows": table, "machine": describe_machine()}, indent=1))
     else:
         print(_markdown(table))
 
