@@ -2,7 +2,7 @@
 // and the expansion of FP4 codes to such bytes. Include in kernel files only. Everything here is exact.
 //
 //   Bytes   64 bytes: 16 columns × 4 k
-//   Dots    sums under way: begin(start), add() per 4 k, then total(start): sixteen int32
+//   Dots    sums under way: begin(start), add() per 4 k, then to_float(total(start))
 #pragma once
 
 #include "fp4_lanes.h"
@@ -180,25 +180,22 @@ static inline uint32_t lanes_with(I32x16 a, int32_t bit) {
 }
 static inline const int8_t* four_bytes(const int8_t* x) { return x; }
 
-struct Dots {
-    int32_t v[kLanes];
-    static inline Dots begin(int32_t start) {
-        Dots d;
-        for (int32_t& lane : d.v) lane = start;
-        return d;
-    }
-    inline void add(const Bytes& w, const int8_t* x) {
-        for (int i = 0; i < kLanes; ++i)
-            v[i] += w.v[4 * i] * x[0] + w.v[4 * i + 1] * x[1] + w.v[4 * i + 2] * x[2] + w.v[4 * i + 3] * x[3];
-    }
-    inline I32x16 total(int32_t) const { return load_i32(v); }
-};
+static inline F32x16 to_float(I32x16 a) { return {__builtin_convertvector(a.v, RawF32x16)}; }
 
-static inline F32x16 to_float(I32x16 a) {
-    F32x16 r;
-    for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<float>(a.v[i]);
-    return r;
-}
+struct Dots {
+    F32x16 v;  // whole numbers below 2^24: SSE2 multiplies floats four at a time, but not 32-bit integers
+    static inline Dots begin(int32_t start) { return {broadcast(static_cast<float>(start))}; }
+    inline void add(const Bytes& w, const int8_t* x) {
+        const I32x16 four = load_i32(w.v), byte = broadcast_i32(0xff);
+        v = v + to_float(four & byte) * broadcast(x[0]);
+        v = v + to_float(shift_right_signed<8>(four) & byte) * broadcast(x[1]);
+        v = v + to_float(shift_right_signed<16>(four) & byte) * broadcast(x[2]);
+        v = v + to_float(shift_right_signed<24>(four)) * broadcast(x[3]);  // no byte is above 127
+    }
+    inline F32x16 total(int32_t) const { return v; }
+};
+static inline F32x16 to_float(F32x16 total) { return total; }
+
 static inline I32x16 load_bytes(const uint8_t* bytes) {
     I32x16 r;
     for (int i = 0; i < kLanes; ++i) r.v[i] = bytes[i];
