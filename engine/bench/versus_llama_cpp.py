@@ -1,10 +1,10 @@
 """`python -m engine.bench llama-cpp`: this engine beside llama.cpp on the CPU, same shape, in turns.
 
 Both sides hold random weights in the Qwen2.5-0.5B shape (24 layers, hidden 896, FFN 4864, 14/2 heads, vocabulary
-32,000, tied). A round measures us, then the peer: 512-token prefill, then 64 decoded tokens at batch 1 after a
-prompt of one token. Ours is timed through `LLM.stream`, so scheduler, sampler and detokeniser are in it; the peer's is
-its C API without a sampler. Reported: medians of tokens/s, and the median over rounds of the ratio within a round.
-The peer's environment is the user's to make: pip install llama-cpp-python gguf.
+32,000, tied), in the types asked for. A round measures us, then the peer: 512-token prefill, then 64 decoded tokens at
+batch 1 after a prompt of one token. Ours is timed through `LLM.stream`, so scheduler, sampler and detokeniser are in
+it; the peer's is its C API without a sampler. Reported: medians of tokens/s, and the median over rounds of the ratio
+within a round. The peer's environment is the user's to make: pip install llama-cpp-python gguf.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ Ask = Callable[[str, int], float]  # (what, how many tokens) -> seconds
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer-python", required=True, help="interpreter that has llama-cpp-python and gguf")
     parser.add_argument("--work", type=Path, required=True, help="folder for the two random models (2 GB), kept")
+    parser.add_argument("--quant", default="bf16", help="our method; the head stays bf16 (default: %(default)s)")
+    parser.add_argument("--grade", default="rtn", help="our weight grade, which does not change the speed")
+    parser.add_argument("--peer-type", default="bf16", help="the peer's weights: bf16 | q4_0 | q8_0, with a bf16 head")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
@@ -40,14 +43,17 @@ def main(options: argparse.Namespace) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     ours_dir = options.work / "qwen2.5-0.5b-32k"
     write_synthetic("qwen2.5-0.5b-32k", ours_dir)
-    with _peer(options) as (ask, versions), LLM(ours_dir, threads=options.threads, enable_prefix_caching=False) as llm:
+    ours = LLM(ours_dir, quant=options.quant, grade=options.grade, threads=options.threads, enable_prefix_caching=False)
+    with ours as llm, _peer(options) as (ask, versions):
         _prefill(llm), _decode(llm), ask("prefill", PREFILL), ask("decode", DECODE)  # warm-up
         rounds = []
         for number in range(options.rounds):
             rounds.append(_round(llm, ask))
             say(f"round {number + 1} of {options.rounds}: {_text(rounds[-1])}")
         report = {
-            "what": "Qwen2.5-0.5B shape, vocabulary 32,000, bf16 weights and head, tokens per second",
+            "what": "Qwen2.5-0.5B shape, vocabulary 32,000, bf16 heads, tokens per second",
+            "ours": options.quant,
+            "peer": options.peer_type,
             "threads": options.threads,
             "kernel_path": llm.kernel_path,
             **{name: _summary(rounds, name) for name in ("prefill", "decode")},
@@ -64,7 +70,9 @@ def main(options: argparse.Namespace) -> None:
 def _peer(options: argparse.Namespace) -> Iterator[tuple[Ask, dict[str, str]]]:
     """A function ask(what, count) -> seconds, answered by the peer's process, and the peer's versions."""
     script = Path(__file__).with_name("versus_llama_cpp_peer.py")
-    command = [options.peer_python, str(script), str(options.work / "bf16.gguf"), "--threads", str(options.threads)]
+    model = options.work / f"{options.peer_type}.gguf"
+    command = [options.peer_python, str(script), str(model), "--threads", str(options.threads)]
+    command += ["--type", options.peer_type]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         requests, answers = process.stdin, process.stdout
         assert requests is not None and answers is not None
