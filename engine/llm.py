@@ -7,7 +7,7 @@ it at once: their requests share the batch. Several LLMs may live in one process
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
@@ -34,6 +34,7 @@ from engine.json_file import read_json
 from engine.memory import available_memory
 from engine.models.registry import read_config
 from engine.ops.backends import select_backend
+from engine.ops.contract import Ops
 from engine.progress import progress_bar
 from engine.quant.registry import FP4_METHODS, check_quant
 from engine.request import Request
@@ -107,9 +108,26 @@ class LLM:
         )
         self._dtype = activation_dtype(engine.dtype, self.config.dtype)
         sequence_length(self.config, engine)  # refused before gigabytes are read, not after
+        runner = self._load(engine, ops, path, progress=progress)
+        self._worker = self._start(engine, ops, runner, defaults.stop_token_ids)
+        self._stop_worker = weakref.finalize(self, self._worker.close)
+        self._path = path
+        self._note = location.note
+        self.name = location.name
+        fp4 = self.quant.method in FP4_METHODS
+        self.kernel_path = f"{self.quant.method}: {ops.kernel_path}" if fp4 else ops.kernel_path
+        self.device = "cpu"
+        self.max_model_len = self._plan.max_model_len
+        self.sampling_defaults: dict[str, float | int] = dict(defaults.sampling) if use_generation_config else {}
+
+    def _load(self, engine: EngineConfig, ops: Ops, path: Path, *, progress: bool) -> ModelRunner:
+        """Weights first, then the cache, whose size follows from the memory they left."""
         with progress_bar("loading", shown=progress) as update:
-            loaded = load_model(self.config, path, ops, self._dtype, self.quant, progress=update)
+            model = load_model(self.config, path, ops, self._dtype, self.quant, progress=update)
         self._plan = plan_cache(self.config, engine, ops.kv_block_size, self._dtype.itemsize)
+        return ModelRunner(model, ops, self._plan, self._dtype)
+
+    def _start(self, engine: EngineConfig, ops: Ops, runner: ModelRunner, stop_token_ids: Iterable[int]) -> Worker:
         pool = BlockPool(self._plan.num_blocks, ops.kv_block_size, enable_prefix_caching=engine.enable_prefix_caching)
         scheduler = Scheduler(
             pool,
@@ -117,20 +135,9 @@ class LLM:
             max_num_batched_tokens=engine.max_num_batched_tokens,
             max_model_len=self._plan.max_model_len,
         )
-        runner = ModelRunner(loaded, ops, self._plan, self._dtype)
         # Some checkpoints name tokens beyond their vocabulary, which no answer can contain.
-        eos_token_ids = [token for token in defaults.stop_token_ids if token < self.config.vocab_size]
-        self._worker = Worker(runner, scheduler, self.tokenizer, eos_token_ids=eos_token_ids)
-        self._stop_worker = weakref.finalize(self, self._worker.close)
-        self._path = path
-        self._note = location.note
-        self.name = location.name
-        self.kernel_path = ops.kernel_path
-        if self.quant.method in FP4_METHODS:
-            self.kernel_path = f"{self.quant.method}: {ops.kernel_path}"
-        self.device = "cpu"
-        self.max_model_len = self._plan.max_model_len
-        self.sampling_defaults: dict[str, float | int] = dict(defaults.sampling) if use_generation_config else {}
+        eos_token_ids = [token for token in stop_token_ids if token < self.config.vocab_size]
+        return Worker(runner, scheduler, self.tokenizer, eos_token_ids=eos_token_ids)
 
     def generate(
         self,
