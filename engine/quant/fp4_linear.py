@@ -22,7 +22,7 @@ from engine.errors import InvalidArgument
 from engine.fp4_types import Format
 from engine.ops.contract import Array, Ops
 from engine.ops.fp4.split import ScaleRule, paths
-from engine.quant import fp4, sharq
+from engine.quant import fp4
 from engine.quant.as_stored import AsStored
 from engine.quant.grades import Grade
 from engine.quant.method import LinearMethod
@@ -73,16 +73,12 @@ class Fp4Linear:
         )
 
     def prepare(self, x: Array) -> Any:
-        return x if self._rule.paths == "weights only" else self._prepare(x)
+        return self._prepare(x)
 
     def prepare_norm(self, x: Array, weight: F32, eps: float) -> Any:
-        if self._rule.paths == "weights only":
-            return self._full.prepare_norm(x, weight, eps)
         return self._prepare(x, norm=(weight, eps))
 
     def prepare_silu_mul(self, gate_up: Array) -> Any:
-        if self._rule.paths == "weights only":
-            return self._full.prepare_silu_mul(gate_up)
         return self._prepare(gate_up, silu=True)
 
     def _prepare(self, x: Array, *, norm: tuple[F32, float] | None = None, silu: bool = False) -> Any:
@@ -96,24 +92,35 @@ class Fp4Linear:
     def matmul(
         self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
     ) -> Array:
-        multiply = self._ops.w4a16_linear if self._rule.paths == "weights only" else self._ops.fp4_linear
-        return multiply(operand, weight, out=out, bias=bias, residual=residual)
+        return self._ops.fp4_linear(operand, weight, out=out, bias=bias, residual=residual)
+
+
+class WeightsOnly(Fp4Linear):
+    """Activations as they are, norm and SwiGLU as without quantisation."""
+
+    def prepare(self, x: Array) -> Array:
+        return self._full.prepare(x)
+
+    def prepare_norm(self, x: Array, weight: F32, eps: float) -> Array:
+        return self._full.prepare_norm(x, weight, eps)
+
+    def prepare_silu_mul(self, gate_up: Array) -> Array:
+        return self._full.prepare_silu_mul(gate_up)
+
+    def matmul(
+        self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
+    ) -> Array:
+        return self._ops.w4a16_linear(operand, weight, out=out, bias=bias, residual=residual)
 
 
 class CompatSharq(Fp4Linear):
     """SharQ as the paper's code computes it: the backbone's product is rounded to bf16 before the residual's is added.
 
-    For comparison with the paper; two passes over the weights, and the split itself in NumPy.
+    For comparison with the paper: two passes over the weights.
     """
 
     def _prepare(self, x: Array, *, norm: tuple[F32, float] | None = None, silu: bool = False) -> Any:
-        if norm is not None:
-            operand = sharq.prepare_rmsnorm(_full_width(x), *norm, format=self._rule.format, scale=self._scale)
-        elif silu:
-            operand = sharq.prepare_silu_mul(_full_width(x), format=self._rule.format, scale=self._scale)
-        else:
-            operand = sharq.prepare(_full_width(x), format=self._rule.format, scale=self._scale)
-        return paths(operand)
+        return paths(super()._prepare(x, norm=norm, silu=silu))
 
     def matmul(
         self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from engine.config import QuantConfig
 from engine.errors import InvalidArgument
 from engine.ops.contract import Ops
+from engine.ops.fp4.blocks import block_format
 from engine.quant.as_stored import AsStored
-from engine.quant.fp4_linear import CompatSharq, Fp4Linear, Fp4Rule
-from engine.quant.grades import Grade
+from engine.quant.fp4 import check_scale_rule
+from engine.quant.fp4_linear import CompatSharq, Fp4Linear, Fp4Rule, WeightsOnly
+from engine.quant.grades import check_grade
 from engine.quant.method import LinearMethod
 from engine.workspace import Workspace
 
@@ -23,7 +25,6 @@ FP4_METHODS: dict[str, Fp4Rule] = {
     "sharq-dense": Fp4Rule("nvfp4", 32, "dense and dense"),
 }
 METHODS = (AS_STORED, *FP4_METHODS)
-GRADES: tuple[Grade, ...] = ("rtn", "4over6", "sweep")
 
 
 def bits_per_weight(quant: QuantConfig) -> float | None:
@@ -38,17 +39,16 @@ def check_quant(quant: QuantConfig) -> None:
     """Raise InvalidArgument for names this table does not have, or that do not go together."""
     for what, value, known in (
         ("quant", quant.method, METHODS),
-        ("grade", quant.grade, GRADES),
         ("quant_fallback", quant.fallback or AS_STORED, (AS_STORED,)),
-        ("sharq_scale", quant.scale, ("token", "tensor")),
     ):
         if value not in known:
             raise InvalidArgument(f"unknown {what} {value!r}; choose one of {', '.join(known)}")
     rule = FP4_METHODS.get(quant.method)
     if quant.compat and (rule is None or rule.paths != "sparse and dense"):
         raise InvalidArgument(f"sharq_compat concerns SharQ's two paths; quant {quant.method!r} has none")
-    if rule and rule.format != "nvfp4" and (quant.grade == "4over6" or quant.scale == "tensor"):
-        raise InvalidArgument(f"{quant.method} has no global scale, which grade '4over6' and sharq_scale 'tensor' need")
+    rule = rule or FP4_METHODS["nvfp4"]  # weights as stored have neither grade nor scale, but a misspelling is one
+    check_grade(quant.grade, block_format(rule.format, rule.block))
+    check_scale_rule(rule.format, quant.scale)
 
 
 def linear_method(quant: QuantConfig, ops: Ops, workspace: Workspace) -> LinearMethod:
@@ -58,4 +58,6 @@ def linear_method(quant: QuantConfig, ops: Ops, workspace: Workspace) -> LinearM
     rule = FP4_METHODS.get(quant.method)
     if rule is None:
         return full
+    if rule.paths == "weights only":
+        return WeightsOnly(quant.method, rule, quant, ops, full)
     return (CompatSharq if quant.compat else Fp4Linear)(quant.method, rule, quant, ops, full)
