@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InvalidArgument
+from engine.ops.fp4 import grades
 from engine.ops.fp4.blocks import block_format
 from engine.ops.fp4.scales import E6M2_VALUES, E8M0_VALUES, UE4M3_VALUES
-from engine.quant import fp4, grades, sharq
+from engine.quant import fp4, sharq
 
 FACTORS = [Fraction(float(f)) for f in np.linspace(0.65, 1.6, 40).astype(np.float32)]
 KINDS = [("nvfp4", 16), ("nvfp4", 32), ("mxfp4", 32), ("hif4", 64)]

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from engine.core import Batch
 from engine.fp4_types import Format, Fp4Matrix
+from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
 
 Array = NDArray[Any]  # activations: float32, float16 or ml_dtypes.bfloat16
@@ -133,6 +134,13 @@ class Ops(Protocol):
         silu: bool = False,
     ) -> Fp4Operand:
         """Activations in one path: nvfp4 in blocks of 16, mxfp4 32, hif4 64. Parameters as for `prepare_sharq`."""
+
+    def quantize_weight(self, w: Array, *, format: Format, block: int, grade: Grade) -> Fp4Matrix:
+        """One shard w [N, K] with a global scale of its own, to the bits of `engine.ops.fp4.grades`.
+
+        w float32, bfloat16 or float16, N ≥ 1, K a multiple of the block (nvfp4 16 or 32, mxfp4 32, hif4 64). Raises
+        InvalidArgument (a grade the format does not have) and NumericalError (NaN, infinity).
+        """
 
     def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> PackedFp4:
         """Lay [N_i, K] shards (one format, K and block) out for `fp4_linear`; each row keeps its own g."""

@@ -28,7 +28,7 @@ from engine.core import Batch
 from engine.errors import InvalidArgument, NumericalError
 from engine.fp4_types import BLOCKS, Format, Fp4Matrix, SharqOperand
 from engine.ops.contract import Array, Norm
-from engine.ops.fp4 import blocks, product
+from engine.ops.fp4 import blocks, grades, product
 from engine.ops.fp4.elements import pack
 from engine.ops.fp4.split import ScaleRule, scaled_rows, split
 
@@ -269,6 +269,9 @@ class ReferenceOps:
         if not np.isfinite(rows).all():
             raise NumericalError("x rounded to bfloat16 holds infinity; FP4 has no code for it")
         return rows, g
+
+    def quantize_weight(self, w: Array, *, format: Format, block: int, grade: grades.Grade) -> Fp4Matrix:
+        return grades.quantize(w, fmt=blocks.block_format(format, block), grade=grade)
 
     def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> ReferenceFp4Weight:
         payload, scale, g = (np.concatenate([getattr(s, name) for s in shards]) for name in ("payload", "scale", "g"))

@@ -1,8 +1,8 @@
 """The block formats as users of arrays see them: NVFP4, MXFP4 and HiF4 in a single path, NumPy in and out.
 
-`prepare` quantises activations, `quantize_weight` weights (in a grade, see `grades`), `matmul` multiplies them,
-`dequantize` shows what the codes are worth. Arguments are checked here and nowhere below. SharQ's two paths are in
-`sharq`, with the same verbs; how a model's layers use either is not this module's business.
+`prepare` quantises activations, `quantize_weight` weights (in a grade, see `engine.ops.fp4.grades`), `matmul`
+multiplies them, `dequantize` shows what the codes are worth. Arguments are checked here and nowhere below. SharQ's two
+paths are in `sharq`, with the same verbs; how a model's layers use either is not this module's business.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from engine.errors import InvalidArgument, NumericalError
 from engine.fp4_types import BLOCKS, Format, Fp4Matrix, SharqOperand
-from engine.ops.fp4 import product
+from engine.ops.fp4 import grades, product
 from engine.ops.fp4.blocks import block_format, quantize
 from engine.ops.fp4.elements import pack
 from engine.ops.fp4.split import ScaleRule, scaled_rows
-from engine.quant import grades
 
 F32 = NDArray[np.float32]
 Array = NDArray[Any]

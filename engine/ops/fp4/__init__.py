@@ -3,6 +3,7 @@
     elements   the two 4-bit element formats and how two codes share a byte
     scales     the three scale formats
     blocks     block formats built from them: NVFP4, MXFP4, HiF4
+    grades     block scales of weights, chosen by error; no calibration
     split      SharQ: activations into backbone and residual
     product    matrix products of FP4 operands
 
