@@ -1,4 +1,4 @@
-"""Matrices in FP8 (E4M3) with float32 scales, as plain data: weights as FP8 checkpoints hold them.
+"""Matrices in FP8 (E4M3) with float32 scales, as plain data: weights as FP8 checkpoints hold them, and activations.
 
     bit      7     6     5     4     3     2     1     0
     E4M3  |  s  | e3    e2    e1    e0 | m2    m1    m0 |   (1 + m/8) · 2^(e−7); e = 0: m · 2^−9; 0x7F, 0xFF NaN
@@ -56,3 +56,27 @@ class Fp8Matrix:
     @property
     def nbytes(self) -> int:
         return self.payload.nbytes + self.scale.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fp8Operand:
+    """Activations [T, K] with a scale per token. Raises InvalidArgument where the arrays do not fit each other."""
+
+    codes: U8  # [T, K] E4M3
+    scale: F32  # [T]
+
+    def __post_init__(self) -> None:
+        if self.codes.ndim != 2 or self.codes.dtype != np.uint8:
+            raise InvalidArgument(f"codes must be uint8 [T, K], not {self.codes.dtype} of shape {self.codes.shape}")
+        if self.scale.dtype != np.float32 or self.scale.shape != (self.T,):
+            raise InvalidArgument(
+                f"scale must be float32 [{self.T}], not {self.scale.dtype} of shape {self.scale.shape}"
+            )
+
+    @property
+    def T(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def K(self) -> int:
+        return self.codes.shape[1]

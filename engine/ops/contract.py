@@ -9,9 +9,9 @@ Guarantees each backend gives:
 * a row's result depends on that row alone (and for attention on its own sequence), bitwise: never on T, on the other
   rows, on how a prefill was cut into chunks or on the number of threads. Hence every reduction order is a function of
   K, D or the absolute position alone;
-* `rms_norm`, `rope_and_cache`, `silu_mul`, `embed` and the FP4 codes of `prepare_*` have the same bits on every backend
-  (their arithmetic is fixed in `reference` and `engine.ops.fp4`); `linear`, `fp4_linear`, `w4a16_linear` and
-  `attention` may differ between backends in accumulation order only.
+* `rms_norm`, `rope_and_cache`, `silu_mul`, `embed` and the codes of `prepare_*` have the same bits on every backend
+  (their arithmetic is fixed in `reference`, `engine.ops.fp4` and `engine.ops.fp8`); `linear`, `fp4_linear`,
+  `w4a16_linear`, `fp8_linear`, `w8a16_linear` and `attention` may differ between backends in accumulation order only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from engine.core import Batch
 from engine.fp4_types import Format, Fp4Matrix
+from engine.fp8_types import Fp8Matrix, Fp8Operand
 from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
 
@@ -44,6 +45,17 @@ class PackedWeight(Protocol):
 
 class PackedFp4(Protocol):
     """An FP4 weight [N, K] in the backend's own layout: the codes, block scales and global scales it was given."""
+
+    @property
+    def N(self) -> int: ...
+    @property
+    def K(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class PackedFp8(Protocol):
+    """An FP8 weight [N, K] in the backend's own layout: the codes and scales it was given."""
 
     @property
     def N(self) -> int: ...
@@ -162,6 +174,43 @@ class Ops(Protocol):
         """
 
     def w4a16_linear(
+        self,
+        x: Array,
+        weight: Any,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        """The same with activations x [T, K] as they are: out = x · (weight's values)ᵀ + bias + residual."""
+
+    def prepare_fp8(self, x: Array, *, norm: Norm | None = None, silu: bool = False) -> Fp8Operand:
+        """Activations in E4M3 with a scale per token, to the bits of `engine.ops.fp8`.
+
+        x [T, K] of any activation dtype, any K; norm and silu as for `prepare_sharq`. Raises NumericalError where x, or
+        what norm or silu make of it, holds NaN or infinity.
+        """
+
+    def pack_fp8(self, shards: Sequence[Fp8Matrix]) -> PackedFp8:
+        """Lay [N_i, K] shards out for `fp8_linear`. Their scales may be shared by any number of rows, but along k by as
+        many in all of them."""
+
+    def fp8_linear(
+        self,
+        operand: Fp8Operand,
+        weight: Any,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        """out = operand · weightᵀ + bias + residual, scales included; weight: from this backend's `pack_fp8`.
+
+        out [T, N] of any activation dtype; bias [N]; residual [T, N] of out's dtype, may be out itself. E4M3 products
+        are exact in fp32 and summed there, times the weight's scale, then the token's; one rounding at the end.
+        """
+
+    def w8a16_linear(
         self,
         x: Array,
         weight: Any,

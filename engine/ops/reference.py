@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from engine.core import Batch
 from engine.errors import InvalidArgument, NumericalError
 from engine.fp4_types import BLOCKS, Format, Fp4Matrix, SharqOperand
+from engine.fp8_types import Fp8Matrix, Fp8Operand
+from engine.ops import fp8
 from engine.ops.contract import Array, Norm
 from engine.ops.fp4 import blocks, grades, product
 from engine.ops.fp4.elements import pack
@@ -170,6 +172,27 @@ class ReferenceFp4Weight:
 
 
 @dataclass(frozen=True, slots=True)
+class ReferenceFp8Weight:
+    """All shards one after the other, each row with its own scales."""
+
+    codes: NDArray[np.uint8]  # [N, K] E4M3
+    scale: F32  # [N, ceil(K / step)]
+    step: int  # k per scale
+
+    @property
+    def N(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def K(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class ReferenceKVCache:
     """Token-major: slot `block * block_size + offset` of a layer is row [block, offset]."""
 
@@ -256,13 +279,10 @@ class ReferenceOps:
 
     def _fp4_rows(self, x: Array, format: Format, scale: ScaleRule, norm: Norm | None, silu: bool) -> tuple[F32, F32]:
         """The rows [T, K] to quantise, bf16 values over g, and g [T]."""
-        T, K = x.shape[0], x.shape[1] // (2 if silu else 1)
+        K = x.shape[1] // (2 if silu else 1)
         if K == 0 or K % BLOCKS[format][-1]:
             raise InvalidArgument(f"K must be a positive multiple of {BLOCKS[format][-1]}, not {K}")
-        if norm is not None:
-            x = self.rms_norm(x, *norm, out=np.empty((T, K), ml_dtypes.bfloat16))
-        elif silu:
-            x = self.silu_mul(x, out=np.empty((T, K), ml_dtypes.bfloat16))
+        x = self._low_precision_rows(x, norm, silu)
         if not np.isfinite(x).all():
             raise NumericalError("x holds NaN or infinity; FP4 has codes for neither")
         rows, g = scaled_rows(_f32(x), format, scale)
@@ -305,6 +325,70 @@ class ReferenceOps:
             row[:] = x[t]
             y[t] = (values @ row) * weight.matrix.g
         return _finish(y, bias, residual, out)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def prepare_fp8(self, x: Array, *, norm: Norm | None = None, silu: bool = False) -> Fp8Operand:
+        return Fp8Operand(*fp8.quantize_rows(_f32(self._low_precision_rows(x, norm, silu))))
+
+    def _low_precision_rows(self, x: Array, norm: Norm | None, silu: bool) -> Array:
+        """What a prepared operand holds: x as it is, or bf16 of its norm or SwiGLU."""
+        T, K = x.shape[0], x.shape[1] // (2 if silu else 1)
+        if norm is not None:
+            return self.rms_norm(x, *norm, out=np.empty((T, K), ml_dtypes.bfloat16))
+        if silu:
+            return self.silu_mul(x, out=np.empty((T, K), ml_dtypes.bfloat16))
+        return x
+
+    def pack_fp8(self, shards: Sequence[Fp8Matrix]) -> ReferenceFp8Weight:
+        step = min(shards[0].K, shards[0].tile[1])
+        for shard in shards:
+            if (shard.K, min(shard.K, shard.tile[1])) != (shards[0].K, step):
+                raise InvalidArgument(
+                    f"all shards need one K and as many k per scale, but got {shards[0].K} by {step} "
+                    f"and {shard.K} by {shard.tile[1]}"
+                )
+        codes = np.concatenate([shard.payload for shard in shards])
+        return ReferenceFp8Weight(codes, np.concatenate([fp8.row_scales(shard) for shard in shards]), step)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def fp8_linear(
+        self,
+        operand: Fp8Operand,
+        weight: ReferenceFp8Weight,
+        *,
+        out: Array,
+        bias: F32 | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        y = self._fp8_products(fp8.decode(operand.codes), weight)
+        return _finish(y * operand.scale[:, None], bias, residual, out)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def w8a16_linear(
+        self,
+        x: Array,
+        weight: ReferenceFp8Weight,
+        *,
+        out: Array,
+        bias: F32 | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        return _finish(self._fp8_products(_f32(x), weight), bias, residual, out)
+
+    def _fp8_products(self, x: F32, weight: ReferenceFp8Weight) -> F32:
+        """x [T, K] · (weight's values)ᵀ [T, N]: sums over the k that share a scale, times it, added up in ascending k.
+
+        Row by row and from one place in memory, as in `linear`.
+        """
+        y = np.zeros((x.shape[0], weight.N), np.float32)
+        row = self.empty((weight.step,), np.dtype(np.float32))
+        for scale, k in zip(weight.scale.T, range(0, weight.K, weight.step), strict=True):
+            values = fp8.decode(weight.codes[:, k : k + weight.step])
+            for t in range(x.shape[0]):
+                part = row[: values.shape[1]]
+                part[:] = x[t, k : k + weight.step]
+                y[t] += (values @ part) * scale
+        return y
 
     @np.errstate(over="ignore")
     def embed(self, table: Array, token_ids: NDArray[np.int32], *, out: Array) -> Array:

@@ -32,9 +32,11 @@ from engine import _native
 from engine._native import KVCache, PackedFp4, PackedWeight, PreparedOperand
 from engine.core import Batch
 from engine.fp4_types import Format, Fp4Matrix, SharqOperand
+from engine.fp8_types import Fp8Matrix, Fp8Operand
 from engine.ops.contract import Array, Norm
 from engine.ops.cpu.threads import default_threads
 from engine.ops.fp4.split import ScaleRule
+from engine.ops.reference import ReferenceFp8Weight, ReferenceOps
 
 _ALIGNMENT = 64  # bytes: a cache line, an AVX-512 register
 
@@ -149,6 +151,34 @@ class CpuOps:
     ) -> Array:
         self._native.w4a16_linear(x, weight, out, bias, residual)
         return out
+
+    def prepare_fp8(self, x: Array, *, norm: Norm | None = None, silu: bool = False) -> Fp8Operand:
+        return ReferenceOps().prepare_fp8(x, norm=norm, silu=silu)  # FP8 in NumPy until its kernels are in
+
+    def pack_fp8(self, shards: Sequence[Fp8Matrix]) -> ReferenceFp8Weight:
+        return ReferenceOps().pack_fp8(shards)
+
+    def fp8_linear(
+        self,
+        operand: Fp8Operand,
+        weight: ReferenceFp8Weight,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        return ReferenceOps().fp8_linear(operand, weight, out=out, bias=bias, residual=residual)
+
+    def w8a16_linear(
+        self,
+        x: Array,
+        weight: ReferenceFp8Weight,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        return ReferenceOps().w8a16_linear(x, weight, out=out, bias=bias, residual=residual)
 
     def embed(self, table: Array, token_ids: NDArray[np.int32], *, out: Array) -> Array:
         self._native.embed(table, token_ids, out)
