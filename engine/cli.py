@@ -30,11 +30,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
     group.add_argument("--dtype", default="auto", help="activations: auto | bfloat16 | float16 | float32")
     group.add_argument("--max-model-len", type=int, help="longest sequence, prompt and answer together, in tokens")
-    group.add_argument("--quant", default="bf16", help="bf16 (as stored) | w4a16 | nvfp4 | mxfp4 | hif4 | sharq | …")
-    group.add_argument("--grade", default="sweep", help="weight scales: rtn | 4over6 | sweep (default: %(default)s)")
+    group.add_argument(
+        "--quant", default="auto", help="auto (as the checkpoint) | bf16 (as stored) | fp8 | w4a16 | nvfp4 | sharq | …"
+    )
+    group.add_argument("--grade", help="weight scales: rtn | 4over6 | sweep (default: sweep)")
+    group.add_argument("--quant-head", help="lm_head: bf16 (as stored) | fp8 | nvfp4 (default: as the checkpoint)")
     group.add_argument("--quant-fallback", help="bf16: layers that do not fit the method stay as stored")
     group.add_argument("--sharq-scale", default="token", help="token | tensor (the paper's; depends on the batch)")
     group.add_argument("--sharq-compat", action="store_true", help="round to bf16 between the paths, as the paper")
+    group.add_argument("--no-quant-cache", action="store_true", help="keep no quantised weights on disk")
     group.add_argument("-v", "--verbose", action="store_true", help="say what was chosen; tracebacks on errors")
 
 
@@ -51,9 +55,11 @@ def open_model(options: argparse.Namespace) -> LLM:
         max_model_len=options.max_model_len,
         quant=options.quant,
         grade=options.grade,
+        quant_head=options.quant_head,
         quant_fallback=options.quant_fallback,
         sharq_scale=options.sharq_scale,
         sharq_compat=options.sharq_compat,
+        quant_cache=not options.no_quant_cache,
         progress=True,
     )
     if options.verbose:

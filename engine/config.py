@@ -70,13 +70,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)  # no slots, for the same reason as below
 class QuantConfig:
-    """How linear layers store weights and take activations; `engine.quant.registry` knows the names."""
+    """How linear layers store weights and take activations; `engine.quant.registry` knows the names.
 
-    method: str = "bf16"  # as stored
-    grade: str = "sweep"  # how a weight's block scales are chosen
+    What is left open (None, "auto") the checkpoint decides, or its absence of quantisation: see `registry.resolve`.
+    """
+
+    method: str = "auto"  # what the checkpoint is made for; "bf16", as stored, where it is not quantised
+    grade: str | None = None  # how a weight's block scales are chosen; None: the best that needs no data
     fallback: str | None = None  # what layers do whose K does not fit: None refuses them, "bf16" leaves them as stored
     scale: str = "token"  # SharQ's global scale: one per token, or the paper's one per tensor
     compat: bool = False  # round to bf16 between SharQ's paths, as the paper's code does
+    head: str | None = None  # lm_head: "bf16" | "fp8" | "nvfp4"; None: as the checkpoint has it
 
 
 @dataclass(frozen=True)  # no slots: `LLM` takes its defaults from the class's attributes

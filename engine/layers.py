@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine.config import ModelConfig, RopeConfig
 from engine.core import Batch
 from engine.ops.contract import Array, KVCache, Ops
-from engine.quant.method import LinearMethod
+from engine.quant.method import LinearMethod, Weight
 from engine.rope import rope_table
 from engine.workspace import Workspace
 
@@ -26,13 +26,20 @@ from engine.workspace import Workspace
 class Parameter:
     """One checkpoint tensor a layer wants.
 
-    fill(array) takes it (possibly a read-only view of a mapped file) and returns the names of tensors whose source
-    memory is no longer needed, because they were copied or laid out anew.
+    fill(tensor) takes it (possibly read-only views of a mapped file) and returns the names of tensors whose source
+    memory is no longer needed, because they were copied or laid out anew. Only linear layers' weights may be quantised.
     """
 
     name: str
     shape: tuple[int, ...]
-    fill: Callable[[Array], Sequence[str]]
+    fill: Callable[[Any], Sequence[str]]
+
+
+class Methods(Protocol):
+    """Which method serves which linear layer."""
+
+    def __call__(self, names: Sequence[str], K: int) -> LinearMethod:
+        """names: the checkpoint prefixes of the shards that share an input of K."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,7 @@ class Context:
     ops: Ops
     workspace: Workspace
     dtype: np.dtype[Any]  # of activations
+    methods: Methods
 
 
 class Embedding:
@@ -89,15 +97,13 @@ class Linear:
     names are the shards' checkpoint prefixes (".weight" and ".bias" are appended); outputs lie side by side in order.
     """
 
-    def __init__(
-        self, context: Context, method: LinearMethod, shards: dict[str, int], K: int, *, bias: bool, role: str
-    ) -> None:
+    def __init__(self, context: Context, shards: dict[str, int], K: int, *, bias: bool, role: str) -> None:
         self._context = context
-        self._method = method.for_layer(next(iter(shards)), K)
+        self._method = context.methods(tuple(shards), K)
         self._shards = shards  # name -> N_i
         self._K = K
         self._role = role
-        self._pending: dict[str, Array] = {}
+        self._pending: dict[str, Weight] = {}
         self._weight: Any = None
         self.N = sum(shards.values())
         self._bias = np.empty(self.N, np.float32) if bias else None
@@ -110,8 +116,8 @@ class Linear:
                 yield Parameter(f"{name}.bias", (rows,), self._bias_filler(f"{name}.bias", start))
             start += rows
 
-    def _weight_filler(self, name: str) -> Callable[[Array], Sequence[str]]:
-        return lambda array: self.fill_weight(name, array)
+    def _weight_filler(self, name: str) -> Callable[[Weight], Sequence[str]]:
+        return lambda shard: self.fill_weight(name, shard)
 
     def _bias_filler(self, name: str, start: int) -> Callable[[Array], Sequence[str]]:
         def fill(array: Array) -> Sequence[str]:
@@ -121,9 +127,9 @@ class Linear:
 
         return fill
 
-    def fill_weight(self, name: str, array: Array) -> Sequence[str]:
+    def fill_weight(self, name: str, shard: Weight) -> Sequence[str]:
         """Take one shard; the last one to arrive packs them all and releases their sources."""
-        self._pending[name] = array
+        self._pending[name] = shard
         if len(self._pending) < len(self._shards):
             return ()
         self._weight = self._method.pack([self._pending[shard] for shard in self._shards])
@@ -170,9 +176,7 @@ class RotaryTable:
 class Attention:
     """Pre-norm grouped-query attention over the paged cache: norm, q|k|v, (qk-norm,) rope, attention, output."""
 
-    def __init__(
-        self, context: Context, method: LinearMethod, config: ModelConfig, prefix: str, norm: str, layer: int
-    ) -> None:
+    def __init__(self, context: Context, config: ModelConfig, prefix: str, norm: str, layer: int) -> None:
         D, H, KVH, C = config.head_dim, config.num_heads, config.num_kv_heads, config.hidden_size
         self._context = context
         self._layer = layer
@@ -182,8 +186,8 @@ class Attention:
         self._width = H * D
         self._norm = RMSNorm(f"{norm}.weight", C, config.rms_norm_eps)
         shards = {f"{prefix}.q_proj": H * D, f"{prefix}.k_proj": KVH * D, f"{prefix}.v_proj": KVH * D}
-        self._qkv = Linear(context, method, shards, C, bias=config.qkv_bias, role="qkv")
-        self._output = Linear(context, method, {f"{prefix}.o_proj": C}, H * D, bias=config.o_bias, role="o")
+        self._qkv = Linear(context, shards, C, bias=config.qkv_bias, role="qkv")
+        self._output = Linear(context, {f"{prefix}.o_proj": C}, H * D, bias=config.o_bias, role="o")
         self._q_norm = RMSNorm(f"{prefix}.q_norm.weight", D, config.rms_norm_eps) if config.qk_norm else None
         self._k_norm = RMSNorm(f"{prefix}.k_norm.weight", D, config.rms_norm_eps) if config.qk_norm else None
 
@@ -215,12 +219,12 @@ class Attention:
 class GatedMLP:
     """Pre-norm SwiGLU feed-forward: norm, gate|up, silu · up, down."""
 
-    def __init__(self, context: Context, method: LinearMethod, config: ModelConfig, prefix: str, norm: str) -> None:
+    def __init__(self, context: Context, config: ModelConfig, prefix: str, norm: str) -> None:
         C, F = config.hidden_size, config.intermediate_size
         self._norm = RMSNorm(f"{norm}.weight", C, config.rms_norm_eps)
         shards = {f"{prefix}.gate_proj": F, f"{prefix}.up_proj": F}
-        self._gate_up = Linear(context, method, shards, C, bias=config.mlp_bias, role="gate_up")
-        self._down = Linear(context, method, {f"{prefix}.down_proj": C}, F, bias=config.mlp_bias, role="down")
+        self._gate_up = Linear(context, shards, C, bias=config.mlp_bias, role="gate_up")
+        self._down = Linear(context, {f"{prefix}.down_proj": C}, F, bias=config.mlp_bias, role="down")
 
     def parameters(self) -> Iterator[Parameter]:
         for part in (self._norm, self._gate_up, self._down):

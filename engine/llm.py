@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike, fspath
 from pathlib import Path
 from types import TracebackType
@@ -31,14 +31,16 @@ from engine.errors import (
 )
 from engine.generation_defaults import GenerationDefaults
 from engine.json_file import read_json
+from engine.loading import load_model
 from engine.memory import available_memory
+from engine.models.quantization import read_quantization
 from engine.models.registry import read_config
 from engine.ops.backends import select_backend
 from engine.ops.contract import Ops
 from engine.progress import progress_bar
-from engine.quant.registry import FP4_METHODS, check_quant
+from engine.quant.registry import AS_STORED, check_quant, resolve
 from engine.request import Request
-from engine.runner import ModelRunner, activation_dtype, load_model, plan_cache, sequence_length
+from engine.runner import ModelRunner, activation_dtype, plan_cache, sequence_length
 from engine.sampler import check_against_vocab, resolve_seed
 from engine.scheduler import Scheduler, check_prompt_length
 from engine.tokenizer import Tokenizer
@@ -55,8 +57,9 @@ class LLM:
     model: "demo" (bundled), an alias such as "qwen2.5-7b", a Hugging Face repo id, or a directory.
     device, dtype, max_model_len, threads, max_num_seqs, max_num_batched_tokens, kv_cache_bytes,
     enable_prefix_caching: see `EngineConfig`; None or "auto" chooses, and `describe()` tells what was chosen.
-    quant, grade, quant_fallback, sharq_scale, sharq_compat: how linear layers store weights and take activations, see
-    `QuantConfig` and `engine.quant.registry`.
+    quant, grade, quant_head, quant_fallback, sharq_scale, sharq_compat: how linear layers store weights and take
+    activations, see `QuantConfig` and `engine.quant.registry`.
+    quant_cache: whether the quantised weights of a larger plain model are kept on disk (`engine.cache_directory`).
     use_generation_config: whether sampling fields left None take the checkpoint's generation_config.json values.
     progress: bars on stderr, where that is a terminal, while downloading and loading.
     Raises ModelNotFound, ConfigError, WeightsError, TokenizerError, DeviceError, CapacityError, InvalidArgument.
@@ -77,10 +80,12 @@ class LLM:
         enable_prefix_caching: bool = True,
         use_generation_config: bool = True,
         quant: str = QuantConfig.method,
-        grade: str = QuantConfig.grade,
+        grade: str | None = None,
+        quant_head: str | None = None,
         quant_fallback: str | None = None,
         sharq_scale: str = QuantConfig.scale,
         sharq_compat: bool = False,
+        quant_cache: bool = True,
         progress: bool = False,
     ) -> None:
         engine = EngineConfig(
@@ -93,39 +98,42 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             threads=threads,
         )
-        self.quant = QuantConfig(quant, grade, quant_fallback, sharq_scale, sharq_compat)
-        check_quant(self.quant)
+        asked = QuantConfig(quant, grade, quant_fallback, sharq_scale, sharq_compat, quant_head)
+        check_quant(asked)  # before anything is downloaded
         if not isinstance(model, (str, PathLike)):
             raise InvalidArgument(f"model must be a name or a directory, not {model!r}")
         ops = select_backend(engine.device, engine.threads)
         location = locate(str(fspath(model)), revision=revision, progress=progress)
         path = Path(location.path)
-        config_file = path / "config.json"
-        self.config = read_config(read_json(config_file, ConfigError), config_file)
+        config_json = read_json(path / "config.json", ConfigError)
+        self.config = read_config(config_json, path / "config.json")
+        self._scheme = read_quantization(config_json, path)
+        self.quant = resolve(asked, self._scheme)
         self.tokenizer = Tokenizer.from_directory(path)
         defaults = GenerationDefaults.from_directory(
             path, model_eos=self.config.eos_token_ids, tokenizer_eos=self.tokenizer.eos_token_id
         )
         self._dtype = activation_dtype(engine.dtype, self.config.dtype)
         sequence_length(self.config, engine)  # refused before gigabytes are read, not after
-        runner = self._load(engine, ops, path, progress=progress)
+        runner = self._load(engine, ops, path, cache=quant_cache, progress=progress)
         self._worker = self._start(engine, ops, runner, defaults.stop_token_ids)
         self._stop_worker = weakref.finalize(self, self._worker.close)
         self._path = path
         self._note = location.note
         self.name = location.name
-        fp4 = self.quant.method in FP4_METHODS
-        self.kernel_path = f"{self.quant.method}: {ops.kernel_path}" if fp4 else ops.kernel_path
+        plain = self.quant.method == AS_STORED
+        self.kernel_path = ops.kernel_path if plain else f"{self.quant.method}: {ops.kernel_path}"
         self.device = "cpu"
         self.max_model_len = self._plan.max_model_len
         self.sampling_defaults: dict[str, float | int] = dict(defaults.sampling) if use_generation_config else {}
 
-    def _load(self, engine: EngineConfig, ops: Ops, path: Path, *, progress: bool) -> ModelRunner:
+    def _load(self, engine: EngineConfig, ops: Ops, path: Path, *, cache: bool, progress: bool) -> ModelRunner:
         """Weights first, then the cache, whose size follows from the memory they left."""
-        with progress_bar("loading", shown=progress) as update:
-            model = load_model(self.config, path, ops, self._dtype, self.quant, progress=update)
+        bar = partial(progress_bar, shown=progress)
+        loaded = load_model(self.config, path, ops, self._dtype, self.quant, self._scheme, cache=cache, progress=bar)
+        self._weights = loaded.weights
         self._plan = plan_cache(self.config, engine, ops.kv_block_size, self._dtype.itemsize)
-        return ModelRunner(model, ops, self._plan, self._dtype)
+        return ModelRunner(loaded.model, ops, self._plan, self._dtype)
 
     def _start(self, engine: EngineConfig, ops: Ops, runner: ModelRunner, stop_token_ids: Iterable[int]) -> Worker:
         pool = BlockPool(self._plan.num_blocks, ops.kv_block_size, enable_prefix_caching=engine.enable_prefix_caching)
@@ -222,7 +230,8 @@ class LLM:
         return (
             f"{note}{self.name}: {config.architecture}, {config.num_layers} layers, hidden {config.hidden_size}, "
             f"vocabulary {config.vocab_size}\n"
-            f"device {self.device} ({self.kernel_path}), weights {config.dtype}, activations {self._dtype}\n"
+            f"device {self.device} ({self.kernel_path}), activations {self._dtype}\n"
+            f"weights {config.dtype}, linear layers {self._weights}\n"
             f"{self._plan}"
         )
 

@@ -19,11 +19,13 @@ from engine import __version__
 from engine.cli import run, say
 from engine.errors import ConfigError, InvalidArgument
 from engine.json_file import read_json
-from engine.models.linears import EMBEDDING, HEAD, linear_modules
+from engine.models.linears import EMBEDDING, linear_modules
 from engine.models.quantization import MODELOPT_FILE, read_quantization
 from engine.models.registry import read_config
 from engine.progress import progress_bar
-from engine.quant.recipe import HEADS, QUANTS, Recipe
+from engine.quant.recipe import Recipe
+from engine.quant.registry import HEADS, QUANTISING
+from engine.quant.scheme import HEAD
 from engine.weights import conversion, export
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.locate import locate
@@ -90,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m engine.quantize", description="Write a model's quantised copy.")
     parser.add_argument("model", help="'demo', directory, repo id or alias")
     parser.add_argument("out", type=Path, help="directory to make")
-    parser.add_argument("--quant", required=True, help=" | ".join(QUANTS))
+    parser.add_argument("--quant", required=True, help=" | ".join(QUANTISING))
     parser.add_argument("--grade", help="how scales are chosen: rtn | 4over6 | sweep (default: sweep; fp8: rtn)")
     parser.add_argument("--format", default="native", help=f"{' | '.join(export.LAYOUTS)} (default: %(default)s)")
     parser.add_argument("--quant-head", default="bf16", help=f"{' | '.join(HEADS)} (default: %(default)s, as stored)")

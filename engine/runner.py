@@ -1,32 +1,24 @@
-"""One model on one backend: load it, size its KV cache, run its steps.
+"""One loaded model on one backend: size its KV cache, run its steps.
 
-`load_model` joins the three that do not know each other: the checkpoint (engine.weights), the architecture
-(engine.models) and the backend (engine.ops). The runner knows nothing of requests; `Batch` in, logits out.
+The runner knows nothing of requests; `Batch` in, logits out. How a model gets loaded is `engine.loading`'s business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import EngineConfig, ModelConfig, QuantConfig
+from engine.config import EngineConfig, ModelConfig
 from engine.core import Batch
-from engine.errors import CapacityError, InvalidArgument, NumericalError
-from engine.layers import Context
+from engine.errors import CapacityError, InvalidArgument
 from engine.memory import available_memory
 from engine.models.decoder import Decoder
 from engine.ops.contract import Array, KVCache, Ops
-from engine.quant.as_stored import AsStored
-from engine.quant.registry import linear_method
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.coverage import fill
-from engine.workspace import Workspace
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -54,36 +46,6 @@ def sequence_length(model: ModelConfig, engine: EngineConfig) -> int:
     if engine.max_model_len is not None and engine.max_model_len > limit:
         raise InvalidArgument(f"max_model_len {engine.max_model_len} is beyond the model's context length, {limit}")
     return engine.max_model_len or limit
-
-
-def load_model(
-    config: ModelConfig,
-    directory: Path,
-    ops: Ops,
-    dtype: np.dtype[Any],
-    quant: QuantConfig,
-    progress: Callable[[int, int], None] | None = None,
-) -> Decoder:
-    """The model of a checkpoint directory, every parameter filled exactly once and finite.
-
-    The head and the embedding stay as stored. progress(done, total) counts bytes. Raises WeightsError, NumericalError,
-    and InvalidArgument for a method that is unknown or does not fit the model.
-    """
-    workspace = Workspace(ops)
-    method = linear_method(quant, ops, workspace)
-    model = Decoder(config, Context(ops, workspace, dtype), method=method, head_method=AsStored(ops, workspace))
-    parameters = {parameter.name: parameter for parameter in model.parameters()}
-
-    def consume(name: str, array: Array) -> None:
-        if not ops.all_finite(array):
-            raise NumericalError(f"{directory}: tensor {name} contains NaN or infinite values")
-        for used in parameters[name].fill(array):
-            checkpoint.release(used)
-
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    with Checkpoint(directory) as checkpoint:  # what the model keeps mapped stays valid
-        fill(shapes, checkpoint, consume, ignore=model.redundant_tensors, ties=model.tied_tensors, progress=progress)
-    return model
 
 
 @dataclass(frozen=True, slots=True)

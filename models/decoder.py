@@ -15,7 +15,7 @@ from engine.config import ModelConfig
 from engine.core import Batch
 from engine.layers import Attention, Context, Embedding, GatedMLP, Linear, Parameter, RMSNorm, RotaryTable
 from engine.ops.contract import Array, KVCache
-from engine.quant.method import LinearMethod
+from engine.quant.scheme import HEAD
 
 
 class Decoder:
@@ -23,23 +23,21 @@ class Decoder:
 
     redundant_tensors = ("*.rotary_emb.inv_freq",)  # patterns of what older exports carry and the config implies
 
-    def __init__(
-        self, config: ModelConfig, context: Context, *, method: LinearMethod, head_method: LinearMethod
-    ) -> None:
+    def __init__(self, config: ModelConfig, context: Context) -> None:
         V, C = config.vocab_size, config.hidden_size
         self.config = config
         self._rope = RotaryTable(config.rope, config.head_dim)
         self._embedding = Embedding(context, "model.embed_tokens.weight", V, C)
         self._layers = [
             (
-                Attention(context, method, config, f"{prefix}.self_attn", f"{prefix}.input_layernorm", layer),
-                GatedMLP(context, method, config, f"{prefix}.mlp", f"{prefix}.post_attention_layernorm"),
+                Attention(context, config, f"{prefix}.self_attn", f"{prefix}.input_layernorm", layer),
+                GatedMLP(context, config, f"{prefix}.mlp", f"{prefix}.post_attention_layernorm"),
             )
             for layer in range(config.num_layers)
             for prefix in (f"model.layers.{layer}",)
         ]
         self._norm = RMSNorm("model.norm.weight", C, config.rms_norm_eps)
-        self._head = Linear(context, head_method, {"lm_head": V}, C, bias=False, role="logits")
+        self._head = Linear(context, {HEAD: V}, C, bias=False, role="logits")
 
     def parameters(self) -> Iterator[Parameter]:
         """Every checkpoint tensor this model needs, each exactly once."""
@@ -54,7 +52,7 @@ class Decoder:
         (table,) = self._embedding.parameters()
 
         def fill_both(array: Array) -> Sequence[str]:
-            self._head.fill_weight("lm_head", array)
+            self._head.fill_weight(HEAD, array)
             return table.fill(array)
 
         yield Parameter(table.name, table.shape, fill_both)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engine.config import ModelConfig
+from engine.quant.scheme import HEAD
 
-HEAD = "lm_head"
 EMBEDDING = "model.embed_tokens"
 
 

@@ -24,12 +24,12 @@ from engine.errors import ConfigError
 from engine.json_file import brief, read_json
 from engine.models.compressed_tensors import read_compressed_tensors
 from engine.models.fields import Fields
-from engine.quant.scheme import Pattern, QuantScheme, Rule, Storage, WeightFormat
+from engine.quant.scheme import HEAD, Pattern, QuantScheme, Rule, Storage, WeightFormat
 
 MODELOPT_FILE = "hf_quant_config.json"
 _KEYS = ("quantization_config", "compression_config")
 _LINEAR = Pattern("Linear", "linear")
-_HEAD = Pattern("lm_head", "name")
+_HEAD = Pattern(HEAD, "name")
 _NATIVE_TILES: dict[str, tuple[tuple[int, int], ...]] = {
     "nvfp4": ((1, 16), (1, 32)),
     "mxfp4": ((1, 32),),

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS: list[tuple[int, str]] = [
     (0, "engine/__init__.py"),
     (0, "engine/core.py"),
+    (0, "engine/cache_directory.py"),
     (0, "engine/config.py"),
     (0, "engine/errors.py"),
     (0, "engine/fp4_types.py"),
@@ -40,6 +41,7 @@ FLOORS: list[tuple[int, str]] = [
     (4, "engine/sampler.py"),
     (5, "models/"),
     (5, "weights/"),
+    (6, "engine/loading.py"),
     (6, "engine/runner.py"),
     (7, "engine/request.py"),
     (7, "engine/worker.py"),

@@ -19,7 +19,8 @@ from engine.eval import Measured, recovered
 from engine.ops.contract import Ops
 from engine.ops.reference import ReferenceOps
 from engine.quant import fp4, sharq
-from engine.quant.registry import FP4_METHODS, METHODS, bits_per_weight, check_quant, linear_method
+from engine.quant.method import LinearMethod
+from engine.quant.registry import FP4_METHODS, METHODS, LayerMethods, bits_per_weight, check_quant, resolve
 from engine.workspace import Workspace
 
 F32 = NDArray[np.float32]
@@ -33,6 +34,10 @@ with contextlib.suppress(ImportError):  # the extension is optional
 
 def _random(rows: int, seed: int, columns: int = K) -> F32:
     return np.random.default_rng(seed).standard_t(4, (rows, columns)).astype(np.float32)
+
+
+def _method(quant: QuantConfig, ops: Ops) -> LinearMethod:
+    return LayerMethods(resolve(quant, None), ops, Workspace(ops))(("layer",), K)
 
 
 def _values(name: str, x: F32) -> NDArray[np.float64]:
@@ -50,7 +55,7 @@ def _values(name: str, x: F32) -> NDArray[np.float64]:
 @pytest.mark.parametrize("name", FP4_METHODS)
 def test_a_layer_is_the_product_of_what_was_quantised(name: str, ops: Ops) -> None:
     """Two shards with global scales of their own, bias and residual, against float64."""
-    method = linear_method(QuantConfig(name, "rtn"), ops, Workspace(ops)).for_layer("layer", K)
+    method = _method(QuantConfig(name, "rtn"), ops)
     shards = [_random(24, 1), 50 * _random(8, 2)]
     x, bias, residual = _random(5, 3), _random(1, 4, 32)[0], _random(5, 5, 32)
     rule = FP4_METHODS[name]
@@ -66,7 +71,7 @@ def test_a_layer_is_the_product_of_what_was_quantised(name: str, ops: Ops) -> No
 def test_compat_rounds_between_the_paths(ops: Ops) -> None:
     """As the paper's code: bf16(bf16(backbone) + residual path), then the layer's own residual."""
     w, x = _random(32, 1), _random(3, 2)
-    method = linear_method(QuantConfig("sharq", "rtn", compat=True), ops, Workspace(ops))
+    method = _method(QuantConfig("sharq", "rtn", compat=True), ops)
     residual = _random(3, 4, 32)
     got = method.matmul(method.prepare(x), method.pack([w]), out=np.empty_like(residual), residual=residual)
     operand, w32 = sharq.prepare(x), sharq.quantize_weight(w)

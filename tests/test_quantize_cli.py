@@ -17,6 +17,7 @@ import pytest
 from quantized_files import e2m1_values, e4m3_values, spread
 from tiny_models import write_model
 
+from engine.config import QuantConfig
 from engine.errors import EngineError, InvalidArgument, NumericalError, WeightsError
 from engine.fp4_types import Fp4Matrix
 from engine.fp8_types import Fp8Matrix
@@ -27,8 +28,8 @@ from engine.models.quantization import read_quantization
 from engine.models.registry import read_config
 from engine.ops.reference import ReferenceOps
 from engine.quant import fp4, fp8
-from engine.quant.as_stored import AsStored
 from engine.quant.recipe import Recipe
+from engine.quant.registry import LayerMethods, resolve
 from engine.quantize import quantize_model
 from engine.weights import conversion
 from engine.weights.checkpoint import Checkpoint
@@ -142,9 +143,8 @@ def _check_parameters(out: Path, copy: LogicalCheckpoint) -> None:
 def _decoder(config_json: dict[str, Any]) -> Decoder:
     ops = ReferenceOps()
     workspace = Workspace(ops)
-    method = AsStored(ops, workspace)
-    context = Context(ops, workspace, np.dtype(np.float32))
-    return Decoder(read_config(config_json, "config.json"), context, method=method, head_method=method)
+    methods = LayerMethods(resolve(QuantConfig(), None), ops, workspace)
+    return Decoder(read_config(config_json, "config.json"), Context(ops, workspace, np.dtype(np.float32), methods))
 
 
 @pytest.mark.parametrize("case", ["qwen3_head256", "llama_head24_mha6", "qwen2_window_layers"])
@@ -311,7 +311,7 @@ def refusals(source: Path) -> list[tuple[Path, dict[str, Any], type[EngineError]
         (out, {"grade": "best"}, InvalidArgument, "unknown weight grade 'best'"),
         (out, {"quant": "mxfp4", "grade": "4over6"}, InvalidArgument, "4over6 is defined for nvfp4"),
         (out, {"quant": "fp8", "grade": "sweep"}, InvalidArgument, "fp8 has one scale rule"),
-        (out, {"head": "int8"}, InvalidArgument, "unknown quant-head 'int8'"),
+        (out, {"head": "int8"}, InvalidArgument, "unknown quant_head 'int8'"),
         (out, {"fallback": "fp8"}, InvalidArgument, "unknown quant-fallback 'fp8'"),
         (out, {"layout": "gguf"}, InvalidArgument, "unknown format 'gguf'"),
         (out, {"layout": "modelopt", "quant": "hif4"}, InvalidArgument, "modelopt format does not hold hif4"),

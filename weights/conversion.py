@@ -75,15 +75,22 @@ class Plan:
 
 
 def plan_conversion(
-    source: Checkpoint, recipe: Recipe, layout: Layout, linears: Mapping[str, tuple[int, int]], tied: str | None
+    source: Checkpoint,
+    recipe: Recipe,
+    layout: Layout,
+    linears: Mapping[str, tuple[int, int]],
+    tied: str | None,
+    *,
+    plain: bool = True,
 ) -> Plan:
     """linears: module -> (N, K) of the layers to quantise as the recipe says, `lm_head` among them if it has a head.
 
     tied: the tensor that is the head's weight as well, if there is one; a quantised head is then made from it and the
-    two part. Raises InvalidArgument (K that does not fit), WeightsError (tensors missing or of another shape).
+    two part. plain: whether the copy holds the other tensors too. Raises InvalidArgument (K that does not fit),
+    WeightsError (tensors missing or of another shape).
     """
     kinds = recipe.kinds(linears)
-    items = list(_items(source, layout, kinds, linears, tied))
+    items = [item for item in _items(source, layout, kinds, linears, tied) if plain or item.kind is not None]
     missing = kinds.keys() - {item.name.removesuffix(".weight") for item in items if item.kind is not None}
     if missing:
         raise WeightsError(f"{source.directory}: no tensor '{min(missing)}.weight', which the model needs")

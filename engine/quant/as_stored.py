@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.ops.contract import Array, Ops, PackedWeight
+from engine.quant.method import Weight
 from engine.workspace import Workspace
 
 
@@ -20,11 +21,10 @@ class AsStored:
         self._ops = ops
         self._workspace = workspace
 
-    def for_layer(self, name: str, K: int) -> AsStored:
-        return self
-
-    def pack(self, shards: Sequence[Array]) -> PackedWeight:
-        return self._ops.pack_weight(shards)
+    def pack(self, shards: Sequence[Weight]) -> PackedWeight:
+        arrays = [shard for shard in shards if isinstance(shard, np.ndarray)]
+        assert len(arrays) == len(shards), "quantised shards have methods of their own"
+        return self._ops.pack_weight(arrays)
 
     def prepare(self, x: Array) -> Array:
         return x

@@ -4,8 +4,9 @@
     one path        activations rounded to the format, one product                                 nvfp4, mxfp4, hif4
     two paths       SharQ: backbone plus residual, both against one payload                        sharq, sharq-…
 
-Weights are quantised shard by shard as they are loaded, each shard with a global scale of its own. Preparation is one
-operation of the backend with the norm or the SwiGLU before it, and both of SharQ's paths are one pass over the weights.
+Weights are quantised shard by shard as they are loaded, each shard with a global scale of its own, or taken as a
+quantised checkpoint stores them. Preparation is one operation of the backend with the norm or the SwiGLU before it, and
+both of SharQ's paths are one pass over the weights.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import QuantConfig
-from engine.errors import InvalidArgument
-from engine.fp4_types import Format
+from engine.fp4_types import Format, Fp4Matrix
 from engine.ops.contract import Array, Ops
 from engine.ops.fp4.split import ScaleRule, paths
 from engine.quant import fp4
 from engine.quant.as_stored import AsStored
 from engine.quant.grades import Grade
-from engine.quant.method import LinearMethod
+from engine.quant.groups import per_16
+from engine.quant.method import Weight
 
 F32 = NDArray[np.float32]
 Paths = Literal["weights only", "one", "sparse and dense", "dense and dense"]
@@ -41,36 +42,24 @@ class Fp4Rule:
 
 
 class Fp4Linear:
-    """One FP4 method. `full` serves the layers it leaves alone."""
+    """One FP4 method with activations in one or two paths."""
 
-    def __init__(self, name: str, rule: Fp4Rule, quant: QuantConfig, ops: Ops, full: AsStored) -> None:
+    def __init__(self, name: str, rule: Fp4Rule, quant: QuantConfig, ops: Ops) -> None:
         self.name = name
         self._rule = rule
-        self._quant = quant
         self._grade = cast(Grade, quant.grade)  # names are checked by the registry
         self._scale = cast(ScaleRule, quant.scale)
         self._ops = ops
-        self._full = full
 
-    def for_layer(self, name: str, K: int) -> LinearMethod:
-        """Itself where K fits the blocks; else the full-precision method, if that was allowed.
+    def pack(self, shards: Sequence[Weight]) -> Any:
+        return self._ops.pack_fp4(_alike([self._quantized(shard) for shard in shards]))
 
-        Raises InvalidArgument naming the layer.
-        """
-        if K % self._rule.block == 0:
-            return self
-        if self._quant.fallback == "bf16":
-            return self._full
-        raise InvalidArgument(
-            f"{self.name} needs inputs in multiples of {self._rule.block} and {name} has {K}; "
-            f"allow such layers to stay as stored with quant_fallback='bf16'"
-        )
-
-    def pack(self, shards: Sequence[Array]) -> Any:
+    def _quantized(self, shard: Weight) -> Fp4Matrix:
+        if isinstance(shard, Fp4Matrix):
+            return shard
+        assert isinstance(shard, np.ndarray), "FP8 shards have methods of their own"
         rule = self._rule
-        return self._ops.pack_fp4(
-            [fp4.quantize_weight(w, format=rule.format, block=rule.block, grade=self._grade) for w in shards]
-        )
+        return self._ops.quantize_weight(shard, format=rule.format, block=rule.block, grade=self._grade)
 
     def prepare(self, x: Array) -> Any:
         return self._prepare(x)
@@ -96,7 +85,11 @@ class Fp4Linear:
 
 
 class WeightsOnly(Fp4Linear):
-    """Activations as they are, norm and SwiGLU as without quantisation."""
+    """Activations as they are, norm and SwiGLU as without quantisation, which is `full`."""
+
+    def __init__(self, name: str, rule: Fp4Rule, quant: QuantConfig, ops: Ops, full: AsStored) -> None:
+        super().__init__(name, rule, quant, ops)
+        self._full = full
 
     def prepare(self, x: Array) -> Array:
         return self._full.prepare(x)
@@ -132,6 +125,11 @@ class CompatSharq(Fp4Linear):
         self._ops.fp4_linear(rest, weight, out=both, bias=bias, residual=between)
         out[...] = both if residual is None else residual.astype(np.float32) + both.astype(np.float32)
         return out
+
+
+def _alike(shards: list[Fp4Matrix]) -> list[Fp4Matrix]:
+    """Shards with one block: NVFP4 files may hold a scale per 32 k for some and per 16 for others."""
+    return shards if len({shard.block for shard in shards}) == 1 else [per_16(shard) for shard in shards]
 
 
 def _full_width(x: Array) -> Array:

@@ -16,7 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.fp4_types import Fp4Matrix
+from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array
+
+Weight = Array | Fp4Matrix | Fp8Matrix  # one shard [N, K], plain or as a quantised checkpoint stores it
 
 
 class LinearMethod(Protocol):
@@ -24,11 +28,11 @@ class LinearMethod(Protocol):
 
     name: str  # as users spell it: "bf16", "sharq", …
 
-    def for_layer(self, name: str, K: int) -> LinearMethod:
-        """The method that serves a layer with K inputs: this one, or what it leaves such layers to."""
+    def pack(self, shards: Sequence[Weight]) -> Any:
+        """The kernel's form of [N_i, K] weights that share one input; per-shard scales are kept apart.
 
-    def pack(self, shards: Sequence[Array]) -> Any:
-        """The kernel's form of [N_i, K] weights that share one input; per-shard scales are kept apart."""
+        Plain shards are quantised here; those a checkpoint holds quantised keep every bit.
+        """
 
     def prepare(self, x: Array) -> Any:
         """Operand of x [T, K]."""

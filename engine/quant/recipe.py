@@ -8,17 +8,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from engine.config import QuantConfig
 from engine.errors import InvalidArgument
 from engine.fp4_types import Fp4Matrix
 from engine.fp8_types import Fp8Matrix
-from engine.ops.fp4.blocks import block_format
 from engine.quant import fp4, fp8
-from engine.quant.grades import check_grade
-from engine.quant.registry import FP4_METHODS
-from engine.quant.scheme import WeightFormat
-
-HEADS = ("bf16", "fp8", "nvfp4")
-QUANTS = (*FP4_METHODS, "fp8")
+from engine.quant.registry import FP4_METHODS, QUANTISING, resolve
+from engine.quant.scheme import HEAD, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +39,16 @@ _HEAD_KINDS = {"bf16": None, "fp8": _FP8, "nvfp4": Kind("nvfp4", 16)}
 class Recipe:
     """Raises InvalidArgument for names that are unknown or do not go together."""
 
-    quant: str  # one of QUANTS
-    grade: str | None = None  # None: "sweep", or "rtn" for fp8, which has nothing to choose
-    head: str = "bf16"  # one of HEADS
+    quant: str  # one of `registry.QUANTISING`
+    grade: str | None = None  # None: the default, or "rtn" for fp8, which has nothing to choose
+    head: str = "bf16"  # one of `registry.HEADS`
     fallback: str | None = None  # "bf16": layers whose K does not fit stay as stored; None: they are refused
 
     def __post_init__(self) -> None:
-        for what, value, known in (
-            ("quant", self.quant, QUANTS),
-            ("quant-head", self.head, HEADS),
-            ("quant-fallback", self.fallback or "bf16", ("bf16",)),
-        ):
-            if value not in known:
-                raise InvalidArgument(f"unknown {what} {value!r}; choose one of {', '.join(known)}")
-        if self.grade is None:
-            object.__setattr__(self, "grade", "rtn" if self.quant == "fp8" else "sweep")
-        if self.body.format == "fp8":
-            if self.grade != "rtn":
-                raise InvalidArgument(f"fp8 has one scale rule, called rtn; the grade {self.grade!r} is for FP4")
-        else:
-            check_grade(self.grade or "", block_format(self.body.format, self.body.block))
+        if self.quant not in QUANTISING:
+            raise InvalidArgument(f"unknown quant {self.quant!r}; choose one of {', '.join(QUANTISING)}")
+        asked = QuantConfig(self.quant, self.grade, fallback=self.fallback, head=self.head)
+        object.__setattr__(self, "grade", resolve(asked, None).grade or "rtn")  # which is FP8's only one
 
     @property
     def body(self) -> Kind:
@@ -79,7 +65,7 @@ class Recipe:
 
         Raises InvalidArgument naming those that do not fit, unless the fallback leaves them alone.
         """
-        wanted = {module: self.head_kind if module == "lm_head" else self.body for module in linears}
+        wanted = {module: self.head_kind if module == HEAD else self.body for module in linears}
         kinds = {module: kind for module, kind in wanted.items() if kind is not None}
         unfit = [module for module, kind in kinds.items() if not kind.fits(linears[module][1])]
         if unfit and self.fallback is None:
@@ -94,5 +80,5 @@ class Recipe:
         """One shard w [N, K]. Raises NumericalError (NaN, infinity)."""
         if kind.format == "fp8":
             return fp8.quantize_weight(w)
-        grade: Any = self.grade if self.quant != "fp8" else "sweep"  # an FP4 head on an FP8 body
+        grade: Any = self.grade  # checked above
         return fp4.quantize_weight(w, format=kind.format, block=kind.block, grade=grade)

@@ -14,6 +14,7 @@ from typing import Literal
 
 WeightFormat = Literal["nvfp4", "mxfp4", "hif4", "fp8"]
 Naming = Literal["modelopt", "compressed-tensors", "hf-fp8"]
+HEAD = "lm_head"  # the one linear layer that methods treat apart
 _WILD = re.compile(r"[*?[]")
 
 

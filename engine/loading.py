@@ -1,0 +1,116 @@
+"""Loading: a checkpoint directory becomes a model on a backend, its weights in the form the methods want.
+
+It joins the three that do not know each other: the checkpoint (engine.weights), the architecture (engine.models) and
+the backend (engine.ops). A quantised checkpoint's weights are taken as they are. A plain one's are quantised on the way
+in, and kept in the cache on disk where that takes longer than reading them again would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.cache_directory import cache_directory
+from engine.config import ModelConfig, QuantConfig
+from engine.errors import InvalidArgument, NumericalError, WeightsError
+from engine.layers import Context
+from engine.models.decoder import Decoder
+from engine.models.linears import EMBEDDING, linear_modules
+from engine.ops.contract import Ops
+from engine.quant.recipe import Recipe
+from engine.quant.registry import AS_STORED, LayerMethods, weight_format
+from engine.quant.scheme import HEAD, QuantScheme
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.coverage import fill
+from engine.weights.quant_cache import CachedWeights
+from engine.weights.quantized import LogicalCheckpoint, Weight
+from engine.workspace import Workspace
+
+WORTH_CACHING = 1 << 27  # quantised weights: fewer take under a second
+Progress = Callable[
+    [str], AbstractContextManager[Callable[[int, int], None]]
+]  # a task's name -> its progress(done, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model and where its quantised weights came from."""
+
+    model: Decoder
+    weights: str  # for the user: "nvfp4, grade sweep, quantised while loading; head as stored"
+
+
+def load_model(
+    config: ModelConfig,
+    directory: Path,
+    ops: Ops,
+    dtype: np.dtype[Any],
+    quant: QuantConfig,
+    scheme: QuantScheme | None,
+    *,
+    cache: bool,
+    progress: Progress,
+) -> Loaded:
+    """The model of a checkpoint directory, every parameter filled exactly once and finite.
+
+    quant, scheme: as `registry.resolve` returned and took them. cache: whether weights quantised here may be kept on
+    disk. Raises WeightsError, NumericalError, and InvalidArgument for a method that does not fit the model.
+    """
+    with ExitStack() as stack:  # closed files: what the model keeps mapped stays valid
+        weights, scheme, origin = _open(config, directory, quant, scheme, cache, progress, stack)
+        if isinstance(weights, CachedWeights) and f"{HEAD}.weight" in weights.names():
+            config = replace(config, tie_word_embeddings=False)  # a quantised head is a copy
+        workspace = Workspace(ops)
+        context = Context(ops, workspace, dtype, LayerMethods(quant, ops, workspace, scheme))
+        model = Decoder(config, context)
+        parameters = {parameter.name: parameter for parameter in model.parameters()}
+
+        def consume(name: str, tensor: Weight) -> None:
+            if isinstance(tensor, np.ndarray) and not ops.all_finite(tensor):
+                raise NumericalError(f"{directory}: tensor {name} contains NaN or infinite values")
+            for used in parameters[name].fill(tensor):
+                weights.release(used)
+
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        with progress("loading") as update:
+            fill(shapes, weights, consume, ignore=model.redundant_tensors, ties=model.tied_tensors, progress=update)
+    return Loaded(model, _described(quant, origin))
+
+
+def _open(
+    config: ModelConfig,
+    directory: Path,
+    quant: QuantConfig,
+    scheme: QuantScheme | None,
+    cache: bool,
+    progress: Progress,
+    stack: ExitStack,
+) -> tuple[Checkpoint | LogicalCheckpoint | CachedWeights, QuantScheme | None, str]:
+    """The weights, what is known of those that are quantised, and where these come from."""
+    if scheme is not None:
+        return stack.enter_context(LogicalCheckpoint(directory, scheme)), scheme, f"from the checkpoint, {scheme.name}"
+    source = stack.enter_context(Checkpoint(directory))
+    linears = linear_modules(config)
+    if not cache or quant.method == AS_STORED or sum(N * K for N, K in linears.values()) < WORTH_CACHING:
+        return source, None, "quantised while loading"
+    recipe = Recipe(quant.method, quant.grade, quant.head or AS_STORED, quant.fallback)
+    tied = f"{EMBEDDING}.weight" if config.tie_word_embeddings else None
+    try:
+        with progress("quantising") as update:
+            cached = CachedWeights(source, recipe, linears, tied, cache_directory("quantised"), update)
+    except (WeightsError, InvalidArgument) as problem:  # a full disk, another process at work; worse shows up again
+        return source, None, f"quantised while loading, not cached ({problem})"
+    return stack.enter_context(cached), cached.scheme, f"cached in {cached.entry_directory}"
+
+
+def _described(quant: QuantConfig, origin: str) -> str:
+    body, grade = weight_format(quant.method), f", grade {quant.grade}" if quant.grade else ""
+    head = "as stored" if quant.head == AS_STORED else quant.head
+    if body is None and quant.head == AS_STORED:
+        return "as stored"
+    return f"{body or 'as stored'}{grade}, {origin}; head {head}"

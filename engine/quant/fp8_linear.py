@@ -1,0 +1,76 @@
+"""Linear layers in FP8: E4M3 weights with one float32 scale per row (files: per tensor or block as well).
+
+fp8               activations in E4M3 too, with a scale per token as they come
+weights only      activations as they are; what an FP8 head uses: it sees few rows, and its weights are the cost
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.fp8_types import Fp8Matrix
+from engine.ops.contract import Array, Ops
+from engine.quant import fp8
+from engine.quant.as_stored import AsStored
+from engine.quant.method import Weight
+
+F32 = NDArray[np.float32]
+
+
+class Fp8Linear:
+    """Weights and activations in E4M3. Any K."""
+
+    name = "fp8"
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+
+    def pack(self, shards: Sequence[Weight]) -> Any:
+        return self._ops.pack_fp8([_quantized(shard) for shard in shards])
+
+    def prepare(self, x: Array) -> Any:
+        return self._ops.prepare_fp8(x)
+
+    def prepare_norm(self, x: Array, weight: F32, eps: float) -> Any:
+        return self._ops.prepare_fp8(x, norm=(weight, eps))
+
+    def prepare_silu_mul(self, gate_up: Array) -> Any:
+        return self._ops.prepare_fp8(gate_up, silu=True)
+
+    def matmul(
+        self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
+    ) -> Array:
+        return self._ops.fp8_linear(operand, weight, out=out, bias=bias, residual=residual)
+
+
+class Fp8WeightsOnly(Fp8Linear):
+    """Activations as they are, norm and SwiGLU as without quantisation, which is `full`."""
+
+    def __init__(self, ops: Ops, full: AsStored) -> None:
+        super().__init__(ops)
+        self._full = full
+
+    def prepare(self, x: Array) -> Array:
+        return self._full.prepare(x)
+
+    def prepare_norm(self, x: Array, weight: F32, eps: float) -> Array:
+        return self._full.prepare_norm(x, weight, eps)
+
+    def prepare_silu_mul(self, gate_up: Array) -> Array:
+        return self._full.prepare_silu_mul(gate_up)
+
+    def matmul(
+        self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
+    ) -> Array:
+        return self._ops.w8a16_linear(operand, weight, out=out, bias=bias, residual=residual)
+
+
+def _quantized(shard: Weight) -> Fp8Matrix:
+    if isinstance(shard, Fp8Matrix):
+        return shard
+    assert isinstance(shard, np.ndarray), "FP4 shards have methods of their own"
+    return fp8.quantize_weight(shard)
