@@ -52,6 +52,7 @@ KERNEL_SOURCES = (
     "fp4_linear.cpp",
     "linear.cpp",
     "prepare_fp4.cpp",
+    "quantize_weight.cpp",
     "rope.cpp",
     "rows.cpp",
     "w4a16_linear.cpp",

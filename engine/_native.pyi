@@ -95,6 +95,9 @@ class Backend:
         silu: bool,
         fixed_g: float,
     ) -> PreparedOperand: ...
+    def quantize_weight(
+        self, w: Array, format: str, block: int, grade: str
+    ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.float32]]: ...
     def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> PackedFp4: ...
     def fp4_linear(
         self,

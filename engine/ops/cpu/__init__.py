@@ -13,6 +13,7 @@ The C++ beside it, in reading order:
     linear.cpp  rows.cpp …    the kernels, one operation or family per file
     fp4_tiles.h  packed_fp4.*  fp4_args.h      FP4 weights in tiles; operands
     prepare_fp4.cpp  fp4_quantize.h  fp4_lanes.h   activations into FP4, bit for bit `engine.ops.fp4`
+    quantize_weight.cpp       weights into FP4, bit for bit `engine.ops.fp4.grades`
     fp4_linear.cpp  w4a16_linear.cpp  fp4_dot.h  fp4_epilogue.h   products with FP4 weights
     attention_plan.*          how attention is shared out among threads
     bindings.*  bind_*.cpp    argument checks and the Python interface
@@ -35,6 +36,7 @@ from engine.fp4_types import Format, Fp4Matrix, SharqOperand
 from engine.fp8_types import Fp8Matrix, Fp8Operand
 from engine.ops.contract import Array, Norm
 from engine.ops.cpu.threads import default_threads
+from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
 from engine.ops.reference import ReferenceFp8Weight, ReferenceOps
 
@@ -124,6 +126,9 @@ class CpuOps:
         # g grows with a row's largest magnitude, so the largest g is the whole tensor's. The paper's rule is here to
         # be compared with; doing the work twice keeps the kernel free of it.
         return self._native.prepare_fp4(x, format, paths, sparse, weight, eps, silu, float(operand.g.max(initial=0)))
+
+    def quantize_weight(self, w: Array, *, format: Format, block: int, grade: Grade) -> Fp4Matrix:
+        return Fp4Matrix(format, *self._native.quantize_weight(w, format, block, grade))
 
     def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> PackedFp4:
         return self._native.pack_fp4(shards)

@@ -1,9 +1,11 @@
-// Bindings of the FP4 operations: prepare_fp4, pack_fp4, fp4_linear, w4a16_linear.
+// Bindings of the FP4 operations: prepare_fp4, quantize_weight, pack_fp4, fp4_linear, w4a16_linear.
 //
 // An operand made here is a PreparedOperand: all its arrays in one allocation, seen by Python under the names of
 // engine/fp4_types.py. Building a dataclass of six arrays instead would take longer than the split itself at T = 1.
 // fp4_linear takes either.
 
+#include <cmath>
+#include <cstdio>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -174,6 +176,60 @@ std::unique_ptr<PreparedOperand> prepare_fp4(Backend& backend, const py::array& 
 
 // ---- weights and products -------------------------------------------------------------------------------------------
 
+constexpr const char* kGradeNames[] = {"rtn", "4over6", "sweep"};
+
+WeightGrade grade_of(const std::string& name, Fp4Format format) {
+    for (int i = 0; i < 3; ++i) {
+        if (name != kGradeNames[i]) continue;
+        const WeightGrade grade = static_cast<WeightGrade>(i);
+        if (grade == WeightGrade::four_over_six && format != Fp4Format::nvfp4)
+            reject(std::string("the weight grade 4over6 is defined for nvfp4, not for ") + name_of(format)
+                   + "; use rtn or sweep");
+        return grade;
+    }
+    reject("unknown weight grade '" + name + "'; known: rtn, 4over6, sweep");
+}
+
+void check_block(Fp4Format format, int block, const Matrix& w) {
+    const bool has_block = format == Fp4Format::nvfp4 ? block == 16 || block == 32
+                                                      : block == (format == Fp4Format::mxfp4 ? 32 : 64);
+    if (!has_block) reject(std::string(name_of(format)) + " has no blocks of " + std::to_string(block));
+    if (w.rows == 0) reject("w must have at least one row");
+    if (w.columns == 0 || w.columns % block)
+        reject("K of w must be a positive multiple of " + std::to_string(block) + ", not " + std::to_string(w.columns));
+}
+
+void check_largest(float amax, Fp4Format format) {
+    if (!std::isfinite(amax)) throw NotFinite("the weight holds NaN or infinity; FP4 has codes for neither");
+    if (format == Fp4Format::nvfp4 || amax < 0x1.ffp127f) return;
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", static_cast<double>(amax));
+    throw NotFinite(std::string("the weight's largest magnitude, ") + text + ", is infinite in bfloat16");
+}
+
+// Payload, scale and g of an Fp4Matrix.
+py::tuple quantize_weight(Backend& backend, const py::array& w_array, const std::string& format_name, int block,
+                          const std::string& grade_name) {
+    const Fp4Format format = format_of(format_name);
+    const WeightGrade grade = grade_of(grade_name, format);
+    const Matrix w = matrix(w_array, "w");
+    check_block(format, block, w);
+    const int64_t blocks = w.columns / block;
+    const auto wide = py::dtype::of<uint32_t>(), narrow = py::dtype::of<uint8_t>();
+    py::array_t<uint8_t> codes({w.rows, w.columns / 2});
+    py::array scale(format == Fp4Format::hif4 ? wide : narrow, {w.rows, blocks});
+    py::array_t<float> g(w.rows);
+    const QuantizeWeightArgs args{w.data, w.type, w.stride, w.rows, w.columns, format, block, grade,
+                                  codes.mutable_data(), scale.mutable_data(), g.mutable_data()};
+    float amax;
+    {
+        const Running running(backend);
+        amax = backend.kernels.quantize_weight(args, backend.pool);
+    }
+    check_largest(amax, format);
+    return py::make_tuple(codes, scale, g);
+}
+
 std::string describe_shard(const Fp4Operand& a) {
     return std::string(name_of(a.format)) + " with K = " + std::to_string(a.K) + " in blocks of "
            + std::to_string(a.block[0]);
@@ -301,6 +357,8 @@ void bind_fp4(py::module_& module, BackendClass& backend) {
         .def_property_readonly("nbytes", [](const PackedFp4& w) { return w.nbytes; });
     backend.def("prepare_fp4", &prepare_fp4, py::arg("x"), py::arg("format"), py::arg("paths"), py::arg("sparse"),
                 py::arg("norm_weight"), py::arg("eps"), py::arg("silu"), py::arg("fixed_g"));
+    backend.def("quantize_weight", &quantize_weight, py::arg("w"), py::arg("format"), py::arg("block"),
+                py::arg("grade"));
     backend.def("pack_fp4", &pack_fp4, py::arg("shards"));
     backend.def("fp4_linear", &fp4_linear, py::arg("operand"), py::arg("weight"), py::arg("out"), py::arg("bias"),
                 py::arg("residual"));

@@ -35,6 +35,24 @@ struct PrepareArgs {
     Fp4Operand to;
 };
 
+// How a weight's block scales are chosen, see engine/ops/fp4/grades.py.
+enum class WeightGrade : int32_t { rtn, four_over_six, sweep };
+
+// Writes one shard's arrays and answers its largest magnitude. Where that is not finite, or rounds to bf16's infinity
+// and the format has no global scale, nothing is written.
+struct QuantizeWeightArgs {
+    const void* w;  // [N, K]
+    DType w_type;
+    int64_t w_stride;
+    int64_t N, K;
+    Fp4Format format;
+    int block;  // k per scale: nvfp4 16 or 32, mxfp4 32, hif4 64
+    WeightGrade grade;
+    uint8_t* codes;  // [N, K/2]
+    void* scale;     // [N, K/block], uint8 or (hif4) uint32
+    float* g;        // [N]
+};
+
 // out [T, N] = operand · wᵀ · g · g_w + bias [N] + residual [T, N]
 struct Fp4LinearArgs {
     Fp4Operand x;

@@ -15,6 +15,7 @@ static inline uint32_t greater(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a
 static inline uint32_t at_least(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 static inline F32x16 keep(uint32_t mask, F32x16 a) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), a.v)}; }
 static inline I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+static inline I32x16 min(I32x16 a, I32x16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 static inline I32x16 operator|(I32x16 a, I32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
 
 static inline F32x16 max_of_neighbours(F32x16 a, F32x16 b) {
@@ -52,6 +53,7 @@ static inline F32x16 keep(uint32_t mask, F32x16 x) {
     return {_mm256_and_ps(lanes_of_bits(mask), x.a), _mm256_and_ps(lanes_of_bits(mask >> 8), x.b)};
 }
 static inline I32x16 max(I32x16 x, I32x16 y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+static inline I32x16 min(I32x16 x, I32x16 y) { return {_mm256_min_epi32(x.a, y.a), _mm256_min_epi32(x.b, y.b)}; }
 static inline I32x16 operator|(I32x16 x, I32x16 y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 
 static inline __m256 max_of_neighbours(__m256 x, __m256 y) {
@@ -96,6 +98,7 @@ static inline F32x16 keep(uint32_t mask, F32x16 a) {
     return a;
 }
 static inline I32x16 max(I32x16 a, I32x16 b) { return {a.v > b.v ? a.v : b.v}; }
+static inline I32x16 min(I32x16 a, I32x16 b) { return {a.v < b.v ? a.v : b.v}; }
 static inline I32x16 operator|(I32x16 a, I32x16 b) { return {a.v | b.v}; }
 
 static inline F32x16 max_of_neighbours(F32x16 a, F32x16 b) {
@@ -125,6 +128,9 @@ static inline uint64_t nibbles(I32x16 codes) {
 
 #endif
 
+static inline I32x16 select(uint32_t mask, I32x16 yes, I32x16 no) {
+    return float_to_bits(keep(mask, bits_to_float(yes))) | float_to_bits(keep(~mask, bits_to_float(no)));
+}
 static inline F32x16 abs(F32x16 a) { return bits_to_float(float_to_bits(a) & broadcast_i32(0x7fffffff)); }
 static inline I32x16 sign_bits(F32x16 a) { return float_to_bits(a) & broadcast_i32(INT32_MIN); }
 

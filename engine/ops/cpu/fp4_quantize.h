@@ -2,7 +2,8 @@
 //
 // Two steps, so that scales are found for sixteen blocks at once: Format::scales turns largest magnitudes into scale
 // bytes and what encoding needs; Format::encode takes one block of 16 · B elements and gives its stored scale, its
-// codes (one a lane, sign in bit 3) and the values they stand for, without the global scale.
+// codes (one a lane, sign in bit 3) and the values they stand for, without the global scale. Format::of_byte is the
+// second half of Format::scales, for scales that are not the rule's.
 #pragma once
 
 #include "fp4_lanes.h"
@@ -71,19 +72,25 @@ struct Nvfp4 {
     using Scale = uint8_t;
     static constexpr bool kGlobalScale = true;
 
-    static inline Scales scales(F32x16 amax) {
-        const F32x16 s = clamp(amax / broadcast(6.0f), 0x1p-9f, 448.0f);
+    static inline Scales scales(F32x16 amax) { return rounded(amax / broadcast(6.0f)); }
+    static inline Scales of_byte(I32x16 byte) {  // a scale is a UE4M3 number already
+        const F32x16 multiple = bits_to_float(byte | broadcast_i32(0x4b000000)) - broadcast(0x1p23f);  // of 2^-9
+        const I32x16 normal = shift_left<20>(byte + broadcast_i32(120 << 3));
+        const uint32_t is_normal = at_least(multiple, broadcast(8.0f));
+        const F32x16 value = bits_to_float(
+            select(is_normal, normal, float_to_bits(multiple * broadcast(0x1p-9f))));
+        return {byte, broadcast(1.0f) / value, value};
+    }
+    static inline Scales rounded(F32x16 scale) {
+        const F32x16 s = clamp(scale, 0x1p-9f, 448.0f);
         const uint32_t is_normal = at_least(s, broadcast(0x1p-6f));
         const I32x16 rounded = rounded_mantissa<3>(s);
         const F32x16 multiple = s * broadcast(512.0f) + broadcast(0x1p23f);  // of 2^-9; the addition rounds
-        const auto choose = [&](F32x16 normal, F32x16 subnormal) {
-            return float_to_bits(keep(is_normal, normal)) | float_to_bits(keep(~is_normal, subnormal));
-        };
         const F32x16 small = (multiple - broadcast(0x1p23f)) * broadcast(0x1p-9f);
-        const F32x16 value = bits_to_float(choose(bits_to_float(shift_left<20>(rounded)), small));
+        const F32x16 value = bits_to_float(select(is_normal, shift_left<20>(rounded), float_to_bits(small)));
         const I32x16 normal_byte = rounded - broadcast_i32(120 << 3);
         const I32x16 small_byte = float_to_bits(multiple) & broadcast_i32(0xff);
-        return {choose(bits_to_float(normal_byte), bits_to_float(small_byte)), broadcast(1.0f) / value, value};
+        return {select(is_normal, normal_byte, small_byte), broadcast(1.0f) / value, value};
     }
     template <int B>
     static inline Scale encode(const F32x16 (&x)[B], int32_t byte, float inverse, float scale, I32x16 (&code)[B],
@@ -98,7 +105,9 @@ struct Mxfp4 {
     static constexpr bool kGlobalScale = false;
 
     static inline Scales scales(F32x16 amax) {
-        const I32x16 byte = max(shift_right_signed<23>(float_to_bits(amax)) - broadcast_i32(2), broadcast_i32(0));
+        return of_byte(max(shift_right_signed<23>(float_to_bits(amax)) - broadcast_i32(2), broadcast_i32(0)));
+    }
+    static inline Scales of_byte(I32x16 byte) {  // below 254
         const I32x16 value = max(shift_left<23>(byte), broadcast_i32(0x00400000));  // byte 0 is 2^-127, subnormal
         return {byte, bits_to_float(shift_left<23>(broadcast_i32(254) - byte)), bits_to_float(value)};
     }
@@ -116,8 +125,11 @@ struct Hif4 {
 
     static inline Scales scales(F32x16 amax) {
         const I32x16 rounded = rounded_mantissa<2>(clamp(amax * broadcast(1.0f / 7.0f), 0x1p-48f, 0x1.8p15f));
-        const F32x16 E = bits_to_float(shift_left<21>(rounded));
-        return {rounded - broadcast_i32((127 - 48) << 2), E, E};
+        return of_byte(rounded - broadcast_i32((127 - 48) << 2));
+    }
+    static inline Scales of_byte(I32x16 byte) {
+        const F32x16 E = bits_to_float(shift_left<21>(byte + broadcast_i32((127 - 48) << 2)));
+        return {byte, E, E};
     }
     static inline Scale encode(const F32x16 (&x)[4], int32_t byte, float, float scale, I32x16 (&code)[4],
                                F32x16 (&value)[4]) {

@@ -48,6 +48,7 @@ struct LinearArgs {
     KERNEL(void, rope_and_cache, (const RopeArgs&, ThreadPool&))                   \
     KERNEL(void, attention, (const AttentionArgs&, ThreadPool&, Scratch&))         \
     KERNEL(bool, prepare_fp4, (const PrepareArgs&, ThreadPool&, Scratch&))         \
+    KERNEL(float, quantize_weight, (const QuantizeWeightArgs&, ThreadPool&))       \
     KERNEL(void, fp4_linear, (const Fp4LinearArgs&, ThreadPool&, Scratch&))        \
     KERNEL(void, w4a16_linear, (const W4a16Args&, ThreadPool&, Scratch&))
 
