@@ -62,7 +62,7 @@ def load_model(
     disk. Raises WeightsError, NumericalError, and InvalidArgument for a method that does not fit the model.
     """
     with ExitStack() as stack:  # closed files: what the model keeps mapped stays valid
-        weights, scheme, origin = _open(config, directory, quant, scheme, cache, progress, stack)
+        weights, scheme, origin = _open(config, directory, ops, quant, scheme, cache, progress, stack)
         if isinstance(weights, CachedWeights) and f"{HEAD}.weight" in weights.names():
             config = replace(config, tie_word_embeddings=False)  # a quantised head is a copy
         workspace = Workspace(ops)
@@ -85,6 +85,7 @@ def load_model(
 def _open(
     config: ModelConfig,
     directory: Path,
+    ops: Ops,
     quant: QuantConfig,
     scheme: QuantScheme | None,
     cache: bool,
@@ -102,7 +103,7 @@ def _open(
     tied = f"{EMBEDDING}.weight" if config.tie_word_embeddings else None
     try:
         with progress("quantising") as update:
-            cached = CachedWeights(source, recipe, linears, tied, cache_directory("quantised"), update)
+            cached = CachedWeights(source, recipe, ops, linears, tied, cache_directory("quantised"), update)
     except (WeightsError, InvalidArgument) as problem:  # a full disk, another process at work; worse shows up again
         return source, None, f"quantised while loading, not cached ({problem})"
     return stack.enter_context(cached), cached.scheme, f"cached in {cached.entry_directory}"

@@ -22,6 +22,7 @@ from engine.json_file import read_json
 from engine.models.linears import EMBEDDING, linear_modules
 from engine.models.quantization import MODELOPT_FILE, read_quantization
 from engine.models.registry import read_config
+from engine.ops.backends import select_backend
 from engine.progress import progress_bar
 from engine.quant.recipe import Recipe
 from engine.quant.registry import HEADS, QUANTISING
@@ -74,7 +75,7 @@ def quantize_model(
         described = export.describe(recipe, export.as_layout(layout), left, __version__)
         with conversion.work_folder(out, plan) as work:
             metadata = {"format": "pt", "quant": recipe.quant, "grade": str(recipe.grade), "head": recipe.head}
-            resumed = conversion.write_shards(plan, work, metadata, progress)
+            resumed = conversion.write_shards(plan, select_backend(), work, metadata, progress)
             conversion.copy_other_files(source, work)
             if described.modelopt is not None:
                 conversion.write_text(work / MODELOPT_FILE, json.dumps(described.modelopt, indent=2))

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InvalidArgument, NumericalError, WeightsError
+from engine.ops.contract import Ops
 from engine.quant.recipe import Kind, Recipe
 from engine.quant.scheme import Storage
 from engine.weights.checkpoint import INDEX, SINGLE, Checkpoint
@@ -218,7 +219,9 @@ def write_text(path: Path, text: str) -> None:
 # ---- making it -------------------------------------------------------------------------------------------------------
 
 
-def write_shards(plan: Plan, work: Path, metadata: Mapping[str, str], progress: Callable[[int, int], None]) -> int:
+def write_shards(
+    plan: Plan, ops: Ops, work: Path, metadata: Mapping[str, str], progress: Callable[[int, int], None]
+) -> int:
     """Make what is not there yet; how many shards an earlier run had finished. progress counts the source's bytes.
 
     Raises NumericalError naming the tensor, WeightsError for the disk.
@@ -233,7 +236,7 @@ def write_shards(plan: Plan, work: Path, metadata: Mapping[str, str], progress: 
             continue
         tensors: dict[str, NDArray[Any]] = {}
         for item in shard.items:
-            tensors |= _made(item, plan)
+            tensors |= _made(item, plan, ops)
             done += item.source_nbytes
             progress(done, total)
         save_safetensors(work / shard.file, tensors, metadata)
@@ -246,12 +249,12 @@ def write_shards(plan: Plan, work: Path, metadata: Mapping[str, str], progress: 
     return resumed
 
 
-def _made(item: Item, plan: Plan) -> dict[str, NDArray[Any]]:
+def _made(item: Item, plan: Plan, ops: Ops) -> dict[str, NDArray[Any]]:
     array = plan.source.tensor(item.source)
     if item.kind is None or item.storage is None:
         return {item.name: array}
     try:
-        weight = plan.recipe.quantize(array, item.kind)
+        weight = plan.recipe.quantize(array, item.kind, ops)
     except NumericalError as problem:
         raise NumericalError(f"{plan.source.entry(item.source).file}: tensor {item.source!r}: {problem}") from problem
     plan.source.release(item.source)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from engine.errors import WeightsError
+from engine.ops.contract import Ops
 from engine.quant.recipe import Recipe
 from engine.quant.scheme import Pattern, QuantScheme, Rule
 from engine.weights.checkpoint import Checkpoint
@@ -28,15 +29,17 @@ _REVISION = 1  # of the arithmetic and the files: raised when entries made befor
 class CachedWeights:
     """A plain checkpoint with some of its weights quantised: `Checkpoint`'s face. Also a context manager.
 
-    linears, tied: as for `plan_conversion`. The entry in `cache` is made if it is not there; progress(done, total)
-    counts the source's bytes while it is. Raises InvalidArgument, WeightsError and NumericalError as conversion does,
-    WeightsError also where the cache cannot be written.
+    ops: what quantises, on every backend to the same bits. linears, tied: as for `plan_conversion`. The entry in
+    `cache` is made if it is not there; progress(done, total) counts the source's bytes while it is. Raises
+    InvalidArgument, WeightsError and NumericalError as conversion does, WeightsError also where the cache cannot be
+    written.
     """
 
     def __init__(
         self,
         source: Checkpoint,
         recipe: Recipe,
+        ops: Ops,
         linears: Mapping[str, tuple[int, int]],
         tied: str | None,
         cache: Path,
@@ -46,7 +49,7 @@ class CachedWeights:
         self.directory = source.directory
         self.entry_directory = cache / _key(plan)
         self._source = source
-        self._quantized = _entry(plan, self.entry_directory, progress)
+        self._quantized = _entry(plan, ops, self.entry_directory, progress)
         made = set(self._quantized.names())
         self._names = (*made, *(name for name in source.names() if name not in made))
 
@@ -89,7 +92,7 @@ def _key(plan: Plan) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _entry(plan: Plan, directory: Path, progress: Callable[[int, int], None]) -> LogicalCheckpoint:
+def _entry(plan: Plan, ops: Ops, directory: Path, progress: Callable[[int, int], None]) -> LogicalCheckpoint:
     if directory.is_dir():
         try:
             return _opened(plan, directory)
@@ -97,7 +100,7 @@ def _entry(plan: Plan, directory: Path, progress: Callable[[int, int], None]) ->
             shutil.rmtree(directory)
     check_target(directory, plan.source.directory)
     with work_folder(directory, plan) as work:
-        write_shards(plan, work, {"format": "pt", "grade": str(plan.recipe.grade)}, progress)
+        write_shards(plan, ops, work, {"format": "pt", "grade": str(plan.recipe.grade)}, progress)
         publish(work, directory)
     return _opened(plan, directory)
 

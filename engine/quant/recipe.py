@@ -12,7 +12,8 @@ from engine.config import QuantConfig
 from engine.errors import InvalidArgument
 from engine.fp4_types import Fp4Matrix
 from engine.fp8_types import Fp8Matrix
-from engine.quant import fp4, fp8
+from engine.ops.contract import Ops
+from engine.quant import fp8
 from engine.quant.registry import FP4_METHODS, QUANTISING, resolve
 from engine.quant.scheme import HEAD, WeightFormat
 
@@ -76,9 +77,9 @@ class Recipe:
             )
         return {module: kind for module, kind in kinds.items() if module not in unfit}
 
-    def quantize(self, w: NDArray[Any], kind: Kind) -> Fp4Matrix | Fp8Matrix:
-        """One shard w [N, K]. Raises NumericalError (NaN, infinity)."""
+    def quantize(self, w: NDArray[Any], kind: Kind, ops: Ops) -> Fp4Matrix | Fp8Matrix:
+        """One shard w [N, K], with the backend that is there. Raises NumericalError (NaN, infinity)."""
         if kind.format == "fp8":
             return fp8.quantize_weight(w)
         grade: Any = self.grade  # checked above
-        return fp4.quantize_weight(w, format=kind.format, block=kind.block, grade=grade)
+        return ops.quantize_weight(w, format=kind.format, block=kind.block, grade=grade)
