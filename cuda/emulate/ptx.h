@@ -1,0 +1,79 @@
+// What a rewritten `asm volatile(...)` statement becomes under emulation: a call of the interpreter with the same string.
+//
+// engine/ops/gpu/ptx_rewrite.py turns
+//     asm volatile("mma… {%0,…}, …;" : "+f"(d[0]), … : "r"(a[0]), … : "memory");
+// into
+//     do { static ::emu::ptx::Instruction emu_asm{"mma… {%0,…}, …;", "+f,…|r,…|memory", "mma.cuh", 12, __CUDA_ARCH__};
+//          emu_asm({::emu::ptx::inout<'f'>(d[0]), …, ::emu::ptx::in<'r'>(a[0]), …}); } while (0);
+// so the strings that ptxas will read are what the tests run. ptx_program.h parses them, ptx_instructions.cpp holds the
+// table of mnemonics and operands (anything not in it is an error that shows the string), and the arithmetic lives in
+// pure functions over 32 lanes' registers: ptx_mma.h, ptx_fp4.h, ptx_convert.h, ptx_wgmma.h.
+//
+// The instruction must be a constant-initialised static: one per place (and template instantiation), parsed once, which
+// is also how lanes of a warp that meet in different places are told apart.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+namespace emu {
+namespace ptx {
+
+struct Program;
+
+// One asm operand: its register's bits, and where to store them after each instruction that writes it.
+struct Operand {
+    mutable uint64_t bits;
+    void* target;  // null: input
+    uint8_t bytes;
+};
+
+struct Instruction {
+    const char* text;
+    const char* constraints;  // outputs | inputs | clobbers, comma-separated
+    const char* file;
+    int line;
+    int arch;  // __CUDA_ARCH__, for the models that differ
+    const Program* program = nullptr;
+    void operator()(std::initializer_list<Operand> operands);
+};
+
+// The sizes nvcc demands of each constraint letter.
+template <char letter, class T>
+constexpr bool fits() {
+    constexpr bool whole = std::is_integral_v<T> || std::is_enum_v<T>;
+    if (letter == 'h') return whole && sizeof(T) == 2;
+    if (letter == 'r') return whole && sizeof(T) == 4;
+    if (letter == 'l') return (whole || std::is_pointer_v<T>)&&sizeof(T) == 8;
+    if (letter == 'f') return std::is_same_v<T, float>;
+    if (letter == 'd') return std::is_same_v<T, double>;
+    return letter == 'n' && whole;
+}
+
+template <char letter, class T>
+inline Operand in(const T& value) {
+    static_assert(fits<letter, std::decay_t<T>>(), "asm operand's type does not match its constraint");
+    Operand operand{0, nullptr, sizeof(T)};
+    if constexpr (letter == 'n') {
+        operand.bits = static_cast<uint64_t>(static_cast<int64_t>(value));
+    } else {
+        std::memcpy(&operand.bits, &value, sizeof(T));
+    }
+    return operand;
+}
+template <char letter, class T>
+inline Operand out(T& value) {
+    static_assert(letter != 'n' && fits<letter, T>(), "asm operand's type does not match its constraint");
+    return {0, &value, sizeof(T)};
+}
+template <char letter, class T>
+inline Operand inout(T& value) {
+    Operand operand = in<letter>(value);
+    operand.target = &value;
+    return operand;
+}
+
+}  // namespace ptx
+}  // namespace emu

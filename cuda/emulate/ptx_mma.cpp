@@ -1,0 +1,215 @@
+#include "ptx_mma.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace emu {
+namespace ptx {
+
+namespace {
+
+constexpr int16_t exponent_of_zero = -4096;  // below every sum of exponents, and twice it fits 16 bits
+constexpr int lowest_top = -126;
+
+double power_of_two(int exponent) {  // normal range only
+    const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
+    double value;
+    std::memcpy(&value, &bits, 8);
+    return value;
+}
+
+uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+struct Number {
+    double value;
+    int16_t exponent;
+    bool special;
+};
+
+// An IEEE-like code without its bias: `exponent_bits` and `mantissa_bits` wide. E4M3 has no infinity, and NaN only as
+// the code of all ones.
+Number number_of(Element element, uint32_t code) {
+    const int mantissa_bits = element == Element::bf16 ? 7 : element == Element::f16 ? 10 : 3;
+    const int exponent_bits = element == Element::bf16 ? 8 : element == Element::f16 ? 5 : 4;
+    const int highest = (1 << exponent_bits) - 1, bias = highest >> 1;
+    const auto field = static_cast<int>(code >> mantissa_bits) & highest;
+    const auto mantissa = static_cast<int>(code & ((1u << mantissa_bits) - 1));
+    const double sign = code >> (mantissa_bits + exponent_bits) & 1 ? -1.0 : 1.0;
+    if (element == Element::e4m3 ? (code & 0x7F) == 0x7F : field == highest)
+        return {mantissa && element != Element::e4m3 ? NAN : element == Element::e4m3 ? NAN : sign * INFINITY, 0, true};
+    if (!field && !mantissa) return {sign * 0.0, exponent_of_zero, false};
+    const int exponent = (field ? field : 1) - bias;
+    const int significand = field ? mantissa + (1 << mantissa_bits) : mantissa;
+    return {sign * significand * power_of_two(exponent - mantissa_bits), static_cast<int16_t>(exponent), false};
+}
+
+int exponent_of(float value) {
+    const auto field = static_cast<int>(bits_of(value) >> 23 & 0xFF);
+    return value == 0 ? lowest_top : (field ? field : 1) - 127;
+}
+
+// The exact sum times 2^scale, truncated toward zero; what fp32 cannot hold is an infinity.
+float truncated(int64_t sum, double scale, bool short_result) {
+    const double exact = static_cast<double>(sum) * scale;
+    if (std::fabs(exact) >= 0x1p128) return exact > 0 ? INFINITY : -INFINITY;
+    auto result = static_cast<float>(exact);
+    if (std::fabs(static_cast<double>(result)) > std::fabs(exact)) result = float_of(bits_of(result) - 1);
+    return short_result ? float_of(bits_of(result) & ~0x3FFu) : result;
+}
+
+// Infinities and NaNs: no rounding decides them, so any order of a double sum will do.
+float special_sum(const Factors& factors, int row, int column, const uint8_t* picked, int begin, int end, float c,
+                  bool& found) {
+    double sum = c;
+    found = !std::isfinite(c);
+    for (int s = begin; s < end; ++s) {
+        const int k = picked ? picked[s] : s;
+        const double a = factors.a[row][s], b = factors.b[k][column];
+        found = found || !std::isfinite(a) || !std::isfinite(b);
+        sum += a * b;
+    }
+    return std::isnan(sum) ? float_of(0x7FFFFFFF) : static_cast<float>(sum);
+}
+
+// One step of one row: eight columns at a time, so that the compiler can use vector instructions.
+void step_of_row(const Factors& factors, int row, int begin, int end, const uint8_t* picked, Accumulation how,
+                 float (&c)[8]) {
+    int16_t top[8];
+    for (int j = 0; j < 8; ++j) top[j] = static_cast<int16_t>(exponent_of(c[j]));
+    for (int s = begin; s < end; ++s) {
+        const int16_t exponent = factors.a_exponent[row][s];
+        const int16_t* of_b = factors.b_exponent[picked ? picked[s] : s];
+        for (int j = 0; j < 8; ++j) {
+            const auto sum = static_cast<int16_t>(exponent + of_b[j]);
+            top[j] = top[j] > sum ? top[j] : sum;
+        }
+    }
+    double scale[8];
+    int64_t total[8];
+    for (int j = 0; j < 8; ++j) {
+        scale[j] = power_of_two(how.fraction_bits - top[j]);
+        total[j] = static_cast<int64_t>(c[j] * scale[j]);
+    }
+    for (int s = begin; s < end; s += 16) {  // sixteen products of less than 2^(2 + 25) fit 32 bits with their sign
+        int32_t part[8] = {};
+        for (int t = s; t < end && t < s + 16; ++t) {
+            const double a = factors.a[row][t];
+            const double* b = factors.b[picked ? picked[t] : t];
+            for (int j = 0; j < 8; ++j) part[j] += static_cast<int32_t>(a * b[j] * scale[j]);
+        }
+        for (int j = 0; j < 8; ++j) total[j] += part[j];
+    }
+    for (int j = 0; j < 8; ++j) c[j] = truncated(total[j], power_of_two(top[j] - how.fraction_bits), how.short_result);
+}
+
+void step_with_specials(const Factors& factors, int row, int begin, int end, const uint8_t* picked, Accumulation how,
+                        float (&c)[8]) {
+    float decided[8];
+    bool found[8];
+    Factors finite = factors;  // only the row's own columns are ever looked at again
+    for (int j = 0; j < 8; ++j) {
+        decided[j] = special_sum(factors, row, j, picked, begin, end, c[j], found[j]);
+        if (found[j]) {
+            c[j] = 0;
+            for (int k = 0; k < Factors::max_k; ++k) finite.b[k][j] = 0, finite.b_exponent[k][j] = exponent_of_zero;
+        }
+    }
+    for (int s = begin; s < end; ++s)
+        if (!std::isfinite(finite.a[row][s])) finite.a[row][s] = 0;
+    step_of_row(finite, row, begin, end, picked, how, c);
+    for (int j = 0; j < 8; ++j) c[j] = found[j] ? decided[j] : c[j];
+}
+
+template <int R>
+void tile_of(const float (&fragment)[32][R], float (&tile)[16][8]) {
+    for (int lane = 0; lane < 32; ++lane)
+        for (int r = 0; r < 4; ++r) tile[lane / 4 + 8 * (r >> 1)][2 * (lane & 3) + (r & 1)] = fragment[lane][r];
+}
+
+template <int R>
+void fragment_of(const float (&tile)[16][8], float (&fragment)[32][R]) {
+    for (int lane = 0; lane < 32; ++lane)
+        for (int r = 0; r < 4; ++r) fragment[lane][r] = tile[lane / 4 + 8 * (r >> 1)][2 * (lane & 3) + (r & 1)];
+}
+
+template <int KA, int KB, class Code>
+void mma(Element element, Accumulation how, const Code (&a)[16][KA], const Code (&b)[8][KB],
+         const uint8_t (*picked)[Factors::max_k], float (&c)[32][4]) {
+    Factors factors;
+    for (int row = 0; row < 16; ++row)
+        for (int k = 0; k < KA; ++k) factors.set_a(row, k, element, a[row][k]);
+    for (int column = 0; column < 8; ++column)
+        for (int k = 0; k < KB; ++k) factors.set_b(k, column, element, b[column][k]);
+    float tile[16][8];
+    tile_of(c, tile);
+    accumulate(factors, KA, picked, how, tile);
+    fragment_of(tile, c);
+}
+
+}  // namespace
+
+Accumulation accumulation(int arch, Element element, int k) {
+    if (arch >= 900) return {25, k, false};
+    if (element == Element::e4m3) return {13, k / 2, true};
+    return {24, k / 2, false};
+}
+
+void Factors::set_a(int row, int k, Element element, uint32_t code) {
+    const Number number = number_of(element, code);
+    a[row][k] = number.value;
+    a_exponent[row][k] = number.exponent;
+    special = special || number.special;
+}
+
+void Factors::set_b(int k, int column, Element element, uint32_t code) {
+    const Number number = number_of(element, code);
+    b[k][column] = number.value;
+    b_exponent[k][column] = number.exponent;
+    special = special || number.special;
+}
+
+void accumulate(const Factors& factors, int count, const uint8_t (*picked)[Factors::max_k], Accumulation how,
+                float (&c)[16][8]) {
+    for (int row = 0; row < 16; ++row)
+        for (int begin = 0; begin < count; begin += how.step) {
+            bool special = factors.special;
+            for (int j = 0; j < 8; ++j) special = special || !std::isfinite(c[row][j]);
+            (special ? step_with_specials : step_of_row)(factors, row, begin, begin + how.step,
+                                                         picked ? picked[row] : nullptr, how, c[row]);
+        }
+}
+
+void mma_16(Element element, int arch, const uint32_t (&a)[32][4], const uint32_t (&b)[32][2], float (&c)[32][4]) {
+    uint16_t a_codes[16][16], b_codes[8][16];
+    unpack_a<2>(a, a_codes);
+    unpack_b<2>(b, b_codes);
+    mma(element, accumulation(arch, element, 16), a_codes, b_codes, nullptr, c);
+}
+
+void mma_e4m3(int arch, const uint32_t (&a)[32][4], const uint32_t (&b)[32][2], float (&c)[32][4]) {
+    uint8_t a_codes[16][32], b_codes[8][32];
+    unpack_a<4>(a, a_codes);
+    unpack_b<4>(b, b_codes);
+    mma(Element::e4m3, accumulation(arch, Element::e4m3, 32), a_codes, b_codes, nullptr, c);
+}
+
+void mma_sp_16(Element element, int arch, const uint32_t (&a)[32][4], const uint32_t (&b)[32][4],
+               const uint8_t (&picked)[16][Factors::max_k], float (&c)[32][4]) {
+    uint16_t a_codes[16][16], b_codes[8][32];
+    unpack_a<2>(a, a_codes);
+    unpack_b<2>(b, b_codes);
+    mma(element, accumulation(arch, element, 16), a_codes, b_codes, picked, c);
+}
+
+}  // namespace ptx
+}  // namespace emu
