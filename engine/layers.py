@@ -136,6 +136,11 @@ class Linear:
         self._pending.clear()
         return tuple(f"{shard}.weight" for shard in self._shards)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight in the backend's layout, which a decode step reads once."""
+        return self._weight.nbytes
+
     def prepare(self, x: Array) -> Any:
         """Operand of x [T, K]."""
         return self._method.prepare(x)
@@ -196,6 +201,10 @@ class Attention:
             if part is not None:
                 yield from part.parameters()
 
+    @property
+    def weight_bytes(self) -> int:
+        return self._qkv.nbytes + self._output.nbytes
+
     def __call__(self, x: Array, batch: Batch, cache: KVCache, rope_table: NDArray[np.float32]) -> Array:
         """x [T, C] plus attention's output, written over x; rope_table [P, D] covers the batch's positions."""
         ops, take, T = self._context.ops, self._context.workspace.take, len(x)
@@ -229,6 +238,10 @@ class GatedMLP:
     def parameters(self) -> Iterator[Parameter]:
         for part in (self._norm, self._gate_up, self._down):
             yield from part.parameters()
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._gate_up.nbytes + self._down.nbytes
 
     def __call__(self, x: Array) -> Array:
         """x [T, C] plus the MLP's output, written over x."""

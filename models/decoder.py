@@ -58,6 +58,11 @@ class Decoder:
         yield Parameter(table.name, table.shape, fill_both)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of all linear layers' weights, the head's included: what a decode step reads of them."""
+        return self._head.nbytes + sum(attention.weight_bytes + mlp.weight_bytes for attention, mlp in self._layers)
+
+    @property
     def tied_tensors(self) -> dict[str, str]:
         """Tensors that only repeat a parameter, if a checkpoint has them at all: name -> that parameter."""
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}

@@ -1,13 +1,16 @@
-"""Model directories with random weights in the shapes of real models: for timing, where values do not matter.
+"""Models with random weights in the shapes of real ones: for timing, where values do not matter.
 
-The tokenizer knows single bytes only, so give such a model token ids. Weights are bf16, scaled to keep activations
-finite; nothing sensible comes out.
+In memory (`random_decoder`, built and quantised layer by layer) or as a Hugging Face style directory (`write_model`,
+`python -m engine.bench synthetic`). Weights are scaled to keep activations finite, and repeat after some hundred rows;
+nothing sensible comes out. The tokenizer knows single bytes only, so give such a model token ids.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +19,109 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from engine.bench.shapes import SHAPES, shape_config
+from engine.config import ModelConfig, QuantConfig
+from engine.errors import InvalidArgument
+from engine.fp4_types import Fp4Matrix
+from engine.fp8_types import Fp8Matrix
+from engine.layers import Context
+from engine.models.decoder import Decoder
+from engine.ops.contract import Ops
+from engine.ops.reference import ReferenceOps
+from engine.quant.method import Weight
+from engine.quant.recipe import Recipe
+from engine.quant.registry import AS_STORED, LayerMethods
+from engine.weights.checkpoint import INDEX
 from engine.weights.write import save_safetensors
+from engine.workspace import Workspace
 
-# "qwen2.5-0.5b-32k" has a vocabulary of 32,000 instead of 151,936, as the peer's file of that shape has.
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-0.5b-32k": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "num_hidden_layers": 24,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 32000,
-        "tie_word_embeddings": True,
-        "rope_theta": 1e6,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        "hidden_act": "silu",
-        "dtype": "bfloat16",
-    },
-}
+BF16 = np.dtype(ml_dtypes.bfloat16)
+_ROWS = 256  # of random numbers; then they repeat
+_SHARD_BYTES = 2 << 30
 
 
-def write_synthetic(shape: str, directory: Path) -> None:
-    """A Hugging Face style directory of the named shape; an existing one is kept."""
-    if (directory / "model.safetensors").exists():
+def random_decoder(config: ModelConfig, ops: Ops, dtype: np.dtype[Any], quant: QuantConfig) -> Decoder:
+    """A model that never was on disk; quant: resolved. One layer at a time exists unquantised."""
+    workspace = Workspace(ops)
+    model = Decoder(config, Context(ops, workspace, dtype, LayerMethods(quant, ops, workspace)))
+    for parameter in model.parameters():
+        parameter.fill(_values(parameter.name, parameter.shape))
+    return model
+
+
+def random_weight(method: str, N: int, K: int) -> Weight:
+    """A weight [N, K] as a quantised checkpoint of this method would hold it; bf16 for "bf16". K must fit."""
+    w = _matrix(min(N, _ROWS), K)
+    if method == AS_STORED:
+        return _repeated(w, N)
+    recipe = Recipe(method, "rtn")
+    m = recipe.quantize(w, recipe.body, ReferenceOps())
+    if isinstance(m, Fp8Matrix):
+        return Fp8Matrix(_repeated(m.payload, N), _repeated(m.scale, N), m.tile)
+    return Fp4Matrix(m.format, _repeated(m.payload, N), _repeated(m.scale, N), _repeated(m.g, N))
+
+
+def write_model(shape: str, directory: Path) -> None:
+    """A directory of the named shape, in bf16, in files of about 2 GB; an existing one is kept.
+
+    Raises InvalidArgument for an unknown shape.
+    """
+    config = shape_config(shape)
+    if (directory / "config.json").exists():  # written last
         return
-    config = SHAPES[shape]
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=1))
     _byte_tokenizer().save(str(directory / "tokenizer.json"))
-    save_safetensors(directory / "model.safetensors", dict(_tensors(config)))
+    files: dict[str, str] = {}  # tensor -> file
+    for number, shard in enumerate(_shards(config), start=1):
+        name = f"model-{number:05d}.safetensors"
+        save_safetensors(directory / name, shard)
+        files |= dict.fromkeys(shard, name)
+    (directory / INDEX).write_text(json.dumps({"weight_map": files}, indent=1))
+    (directory / "config.json").write_text(json.dumps(SHAPES[shape], indent=1))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shape", help=" | ".join(SHAPES))
+    parser.add_argument("directory", type=Path, help="to write; must be empty or absent")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Write a model directory for other command lines to read."""
+    if options.directory.exists() and any(options.directory.iterdir()):
+        raise InvalidArgument(f"{options.directory} is not empty")
+    write_model(options.shape, options.directory)
+
+
+def _shards(config: ModelConfig) -> Iterator[dict[str, NDArray[Any]]]:
+    """The model's tensors, in parts of about _SHARD_BYTES."""
+    ops = ReferenceOps()  # never runs: the decoder only says what it wants
+    methods = LayerMethods(QuantConfig(AS_STORED, head=AS_STORED), ops, Workspace(ops))
+    shard: dict[str, NDArray[Any]] = {}
+    for parameter in Decoder(config, Context(ops, Workspace(ops), BF16, methods)).parameters():
+        shard[parameter.name] = _values(parameter.name, parameter.shape)
+        if sum(array.nbytes for array in shard.values()) >= _SHARD_BYTES:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
+
+
+def _values(name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """A parameter: random matrices, biases of 0, norms of 1."""
+    if len(shape) == 1:
+        return np.full(shape, 0 if name.endswith(".bias") else 1, BF16)
+    N, K = shape
+    return _repeated(_matrix(min(N, _ROWS), K), N)
+
+
+@cache
+def _matrix(N: int, K: int) -> NDArray[Any]:
+    values = np.random.default_rng(0).standard_normal((N, K), np.float32) * np.float32(K**-0.5)
+    return values.astype(BF16)
+
+
+def _repeated(array: NDArray[Any], rows: int) -> NDArray[Any]:
+    return np.resize(array, (rows, *array.shape[1:]))
 
 
 def _byte_tokenizer() -> Tokenizer:
@@ -56,31 +130,3 @@ def _byte_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, NDArray[Any]]]:
-    rng = np.random.default_rng(0)
-    C, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    D = C // config["num_attention_heads"]
-    kv_rows = config["num_key_value_heads"] * D
-
-    def matrix(N: int, K: int) -> NDArray[Any]:
-        values = rng.standard_normal((N, K), np.float32) * np.float32(K**-0.5)
-        return values.astype(ml_dtypes.bfloat16)
-
-    def vector(N: int, value: float) -> NDArray[Any]:
-        return np.full(N, value, ml_dtypes.bfloat16)
-
-    yield "model.embed_tokens.weight", matrix(V, C)
-    yield "model.norm.weight", vector(C, 1)
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", vector(C, 1)
-        yield f"{prefix}.post_attention_layernorm.weight", vector(C, 1)
-        for name, rows in (("q", C), ("k", kv_rows), ("v", kv_rows)):
-            yield f"{prefix}.self_attn.{name}_proj.weight", matrix(rows, C)
-            yield f"{prefix}.self_attn.{name}_proj.bias", vector(rows, 0)
-        yield f"{prefix}.self_attn.o_proj.weight", matrix(C, C)
-        yield f"{prefix}.mlp.gate_proj.weight", matrix(F, C)
-        yield f"{prefix}.mlp.up_proj.weight", matrix(F, C)
-        yield f"{prefix}.mlp.down_proj.weight", matrix(C, F)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from engine import LLM, SamplingParams
 from engine.bench.machine import describe_machine
-from engine.bench.synthetic import write_synthetic
+from engine.bench.synthetic import write_model
 from engine.cli import say
 
 PREFILL, DECODE = 512, 64
@@ -42,7 +42,7 @@ def main(options: argparse.Namespace) -> None:
     """Measure, print a table, and the JSON last."""
     options.work.mkdir(parents=True, exist_ok=True)
     ours_dir = options.work / "qwen2.5-0.5b-32k"
-    write_synthetic("qwen2.5-0.5b-32k", ours_dir)
+    write_model("qwen2.5-0.5b-32k", ours_dir)
     ours = LLM(ours_dir, quant=options.quant, grade=options.grade, threads=options.threads, enable_prefix_caching=False)
     with ours as llm, _peer(options) as (ask, versions):
         _prefill(llm), _decode(llm), ask("prefill", PREFILL), ask("decode", DECODE)  # warm-up

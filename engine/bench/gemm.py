@@ -1,0 +1,274 @@
+"""`python -m engine.bench gemm`: the matrix products of a decode step, every method beside bf16.
+
+The matrices are those of real models: q|k|v, output, gate|up, down and the head, with 1 to 64 rows of activations. At
+so few rows a product takes as long as its weights take to be read, so the machine's read bandwidth is measured first,
+and again in every round, and each figure comes with its share of it. Weights are used in rotation, from sets twice as
+large as the last-level cache, because in a model each layer's weights were last seen a whole step ago. What a method
+does to activations beforehand (with the norm or the SwiGLU that it is fused with) has rows of its own.
+
+Values are random and repeat every 256 rows: they do not change how long a product takes. Times are medians over rounds
+in which every method has its turn; ratios and shares are medians of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from engine.bench.machine import describe_machine
+from engine.bench.report import Row, add_output_options, as_markdown, load_pyplot, write_report
+from engine.bench.shapes import SHAPES, any_config, fused_linears
+from engine.bench.synthetic import random_weight
+from engine.bench.timing import BenchDevice, Call, bench_device, copies_for, interleaved, read_bandwidth
+from engine.cli import say
+from engine.config import QuantConfig
+from engine.errors import InvalidArgument
+from engine.ops.contract import Array
+from engine.quant.method import LinearMethod
+from engine.quant.registry import AS_STORED, METHODS, LayerMethods, bits_per_weight, resolve
+from engine.workspace import Workspace
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+LAYERS = ("qkv", "o", "gate_up", "down", "head")
+_CEILING = "read"
+_MEMORY_SHARE = 0.9  # of what is available: the rest is for the operating system and for what the estimate leaves out
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One matrix of one model."""
+
+    model: str
+    layer: str
+    N: int
+    K: int
+
+    def weight_bytes(self, method: str) -> int:
+        """Codes and block scales, without a layout's padding."""
+        return int(self.N * self.K * (bits_per_weight(QuantConfig(method)) or 16) / 8)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what")
+    group.add_argument(
+        "--model",
+        nargs="+",
+        default=["qwen2.5-0.5b"],
+        help=f"shapes ({', '.join(SHAPES)}) or model directories (default: qwen2.5-0.5b)",
+    )
+    group.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), help="default: all")
+    group.add_argument("--m", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="rows (default: 1 2 4 … 64)")
+    group.add_argument("--methods", nargs="+", default=list(METHODS), help=f"default: {' '.join(METHODS)}")
+    group.add_argument("--device", default="auto", help="auto | cpu | numpy | cuda (default: %(default)s)")
+    group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
+    group.add_argument("--seconds", type=float, default=0.5, help="for each matrix and M (default: %(default)s)")
+    add_output_options(parser, plot=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What every measurement shares."""
+
+    device: BenchDevice
+    reader: Call  # the ceiling: reads read_bytes of memory
+    read_bytes: int
+    Ms: Sequence[int]
+    seconds: float  # for all methods on one matrix and M
+
+
+def main(options: argparse.Namespace) -> None:
+    """Measure all products that fit the memory; say which were left out, and why."""
+    pyplot = load_pyplot(options.plot)
+    if min(options.m) < 1:
+        raise InvalidArgument(f"--m counts rows: at least 1, not {min(options.m)}")
+    quants = {name: resolve(QuantConfig(name, "rtn"), None) for name in options.methods}
+    products = list(_products(options.model, options.layers))
+    device = bench_device(options.device, options.threads)
+    setup = Setup(device, *device.reader(), options.m, options.seconds)
+    ceiling = read_bandwidth(device, setup.reader, setup.read_bytes)
+    say(f"{device.ops.kernel_path}: memory read at {ceiling / 1e9:.1f} GB/s")
+    rows: list[Row] = []
+    skipped: list[str] = []
+    for product in products:
+        fitting, reasons = _fitting(product, quants, device)
+        for reason in reasons:
+            skipped.append(f"{product.model} {product.layer}: {reason}")
+            say(f"skipped: {skipped[-1]}")
+        rows += measure(product, fitting, setup)
+    report = {
+        "what": "matrix products of a decode step: medians over interleaved rounds",
+        "kernel_path": device.ops.kernel_path,
+        "read_gb_per_s": round(ceiling / 1e9, 2),
+        "rotation_bytes": device.rotation_bytes,
+        "skipped": skipped,
+        "rows": rows,
+        "machine": describe_machine(),
+    }
+    write_report(options, report, as_tables(report))
+    if pyplot is not None:
+        plot(pyplot, report, options.plot)
+
+
+def _products(models: Sequence[str], layers: Sequence[str]) -> Iterator[Product]:
+    for model in models:
+        for layer, (N, K) in fused_linears(any_config(model)).items():
+            if layer in layers:
+                yield Product(Path(model).name, layer, N, K)
+
+
+def _fitting(
+    product: Product, quants: Mapping[str, QuantConfig], device: BenchDevice
+) -> tuple[dict[str, LinearMethod], list[str]]:
+    """The methods that can run this product, and why others cannot; none where memory does not suffice for all."""
+    methods: dict[str, LinearMethod] = {}
+    reasons = []
+    for name, quant in quants.items():
+        try:
+            methods[name] = LayerMethods(quant, device.ops, Workspace(device.ops))((product.layer,), product.K)
+        except InvalidArgument as error:  # K does not fit its blocks
+            reasons.append(str(error))
+    needed = memory_needed(product, methods, device.rotation_bytes)
+    available = int(device.available_memory() * _MEMORY_SHARE)
+    if needed > available:
+        return {}, [f"needs {needed / 1e9:.2f} GB and {available / 1e9:.2f} GB are free; choose fewer --methods"]
+    return methods, reasons
+
+
+def memory_needed(product: Product, methods: Iterable[str], rotation_bytes: int) -> int:
+    """Bytes of all methods' weights in rotation, and of one weight before it is laid out."""
+    sizes = [product.weight_bytes(name) for name in methods]
+    rotations = sum(size * copies_for(size, rotation_bytes) for size in sizes)
+    return rotations + max(sizes, default=0)
+
+
+def measure(product: Product, methods: Mapping[str, LinearMethod], setup: Setup) -> Iterator[Row]:
+    """The rows of one matrix: its products and what is prepared for them, for every M and method."""
+    weights = {name: _weights(product, name, method, setup.device) for name, method in methods.items()}
+    for M in setup.Ms:
+        say(f"{product.model} {product.layer} {product.N} x {product.K}, M = {M}")
+        x = setup.device.array(_random(M, product.K))
+        out = setup.device.ops.empty((M, product.N), BF16)
+        calls: dict[str, list[Call]] = {}
+        for name, method in methods.items():
+            operand = method.prepare(x)
+            calls[name] = [partial(method.matmul, operand, weight, out=out) for weight in weights[name]]
+        yield from _timed(product, product.layer, M, calls, {n: product.weight_bytes(n) for n in calls}, setup)
+        calls, nbytes = _preparations(product, methods, M, setup.device)
+        yield from _timed(product, f"prepare {product.layer}", M, calls, dict.fromkeys(calls, nbytes), setup)
+
+
+def _weights(product: Product, name: str, method: LinearMethod, device: BenchDevice) -> list[Any]:
+    source = random_weight(name, product.N, product.K)
+    copies = copies_for(product.weight_bytes(name), device.rotation_bytes)
+    return [method.pack([source]) for _ in range(copies)]
+
+
+def _preparations(
+    product: Product, methods: Mapping[str, LinearMethod], M: int, device: BenchDevice
+) -> tuple[dict[str, list[Call]], int]:
+    """What turns activations into this layer's operand, per method, and the bytes it reads.
+
+    Only where a decoder layer has such a step of its own: gate|up and the head repeat what q|k|v shows.
+    """
+    K = product.K
+    if product.layer == "qkv":
+        x, norm = device.array(_random(M, K)), np.ones(K, np.float32)
+        return {name: [partial(method.prepare_norm, x, norm, 1e-6)] for name, method in methods.items()}, x.nbytes
+    if product.layer == "o":
+        x = device.array(_random(M, K))
+        steps = {name: method for name, method in methods.items() if method.prepare(x) is not x}
+        return {name: [partial(method.prepare, x)] for name, method in steps.items()}, x.nbytes
+    if product.layer == "down":
+        x = device.array(_random(M, 2 * K))
+        return {name: [partial(method.prepare_silu_mul, x)] for name, method in methods.items()}, x.nbytes
+    return {}, 0
+
+
+def _random(M: int, K: int) -> Array:
+    return np.random.default_rng(1).standard_normal((M, K), np.float32).astype(BF16)
+
+
+def _timed(
+    product: Product,
+    layer: str,
+    M: int,
+    calls: Mapping[str, Sequence[Call]],
+    nbytes: Mapping[str, int],
+    setup: Setup,
+) -> Iterator[Row]:
+    """One row per method; nbytes: what a call must read at least."""
+    if not calls:
+        return
+    times = interleaved(setup.device, {_CEILING: [setup.reader], **calls}, setup.seconds)
+    ceilings = [setup.read_bytes / time for time in times[_CEILING]]
+    for name in calls:
+        rates = [nbytes[name] / time for time in times[name]]
+        yield {
+            "model": product.model,
+            "layer": layer,
+            "N": product.N,
+            "K": product.K,
+            "M": M,
+            "method": name,
+            "microseconds": round(statistics.median(times[name]) * 1e6, 2),
+            "bytes": nbytes[name],
+            "gb_per_s": round(statistics.median(rates) / 1e9, 2),
+            "of_ceiling": _median_ratio(rates, ceilings),
+            "times_bf16": _median_ratio(times[AS_STORED], times[name]) if AS_STORED in times else None,
+            "rounds": len(rates),
+        }
+
+
+def _median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
+
+
+def as_tables(report: Mapping[str, Any]) -> str:
+    """One table per matrix: a line per method, a column per M."""
+    parts = [f"{report['kernel_path']}; memory read at {report['read_gb_per_s']} GB/s. {report['machine']['cpu']}"]
+    for (model, layer), rows in _grouped(report["rows"]).items():
+        Ms = sorted({row["M"] for row in rows})
+        lines = []
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = {row["M"]: row for row in rows if row["method"] == method}
+            lines.append([method, f"{own[Ms[0]]['bytes'] / 1e6:.2f}", *(_cell(own[M]) for M in Ms)])
+        shape = f"{rows[0]['N']} x {rows[0]['K']}" if " " not in layer else f"K = {rows[0]['K']}"
+        parts.append(f"### {model} {layer}, {shape}: µs, GB/s, share of the ceiling, x bf16")
+        parts.append(as_markdown(["method", "MB", *(f"M = {M}" for M in Ms)], lines))
+    return "\n\n".join([*parts, *(f"skipped: {reason}" for reason in report["skipped"])])
+
+
+def _cell(row: Row) -> str:
+    beside = "" if row["times_bf16"] is None else f", {row['times_bf16']:.2f}x"
+    return f"{row['microseconds']:.1f}, {row['gb_per_s']:.1f}, {row['of_ceiling']:.0%}{beside}"
+
+
+def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["layer"]), []).append(row)
+    return groups
+
+
+def plot(pyplot: Any, report: Mapping[str, Any], path: Path) -> None:
+    """Times over M, a panel per matrix, a line per method; dashed: bf16's weights at the ceiling."""
+    groups = _grouped(report["rows"])
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(4 * len(groups), 4), squeeze=False, layout="constrained")
+    for ((model, layer), rows), panel in zip(groups.items(), panels[0], strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
+            panel.plot([row["M"] for row in own], [row["microseconds"] for row in own], marker=".", label=method)
+        panel.set(title=f"{model} {layer}", xlabel="M", xscale="log", yscale="log", ylabel="µs")
+        panel.set_xscale("log", base=2)
+    panels[0][0].legend()
+    figure.suptitle(f"{report['kernel_path']}, memory read at {report['read_gb_per_s']} GB/s")
+    figure.savefig(path)
+    pyplot.close(figure)

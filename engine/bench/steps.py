@@ -1,0 +1,52 @@
+"""One sequence fed to a model step by step: what a runner costs without scheduler, sampler and tokenizer.
+
+The cache holds this sequence alone, its blocks in order, so the slot of a token is its position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.config import EngineConfig
+from engine.core import Batch
+from engine.models.decoder import Decoder
+from engine.ops.contract import Array, Ops
+from engine.runner import ModelRunner, plan_cache
+
+
+class OneSequence:
+    """A sequence of up to `length` tokens; positions may be run again, which overwrites them.
+
+    Raises as `plan_cache` does.
+    """
+
+    def __init__(self, model: Decoder, ops: Ops, dtype: np.dtype[Any], length: int) -> None:
+        plan = plan_cache(
+            model.config, EngineConfig(max_model_len=length, max_num_seqs=1), ops.kv_block_size, dtype.itemsize
+        )
+        self._runner = ModelRunner(model, ops, plan, dtype)
+        self._block_table = np.arange(plan.num_blocks, dtype=np.int32)[None, :]
+        self.cache_bytes = plan.nbytes
+
+    def run(self, token_ids: Sequence[int], position: int, *, all_rows: bool = False) -> Array:
+        """One step: these tokens at position …; the hidden states of the last, or of all."""
+        T = len(token_ids)
+        positions = np.arange(position, position + T, dtype=np.int32)
+        rows = positions - position
+        batch = Batch(
+            token_ids=np.array(token_ids, np.int32),
+            positions=positions,
+            slot_mapping=positions,
+            query_start=np.array([0, T], np.int32),
+            context_lens=np.array([position + T], np.int32),
+            block_tables=self._block_table,
+            logit_rows=rows if all_rows else rows[-1:],
+        )
+        return self._runner.hidden(batch)
+
+    def predict(self, token_ids: Sequence[int], position: int) -> int:
+        """The same, and the most probable next token."""
+        return int(self._runner.logits(self.run(token_ids, position))[0].argmax())
