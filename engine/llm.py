@@ -108,7 +108,7 @@ class LLM:
         config_json = read_json(path / "config.json", ConfigError)
         self.config = read_config(config_json, path / "config.json")
         self._scheme = read_quantization(config_json, path)
-        self.quant = resolve(asked, self._scheme)
+        self.quant = resolve(asked, self._scheme, tied_head=self.config.tie_word_embeddings)
         self.tokenizer = Tokenizer.from_directory(path)
         defaults = GenerationDefaults.from_directory(
             path, model_eos=self.config.eos_token_ids, tokenizer_eos=self.tokenizer.eos_token_id

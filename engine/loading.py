@@ -62,11 +62,12 @@ def load_model(
     disk. Raises WeightsError, NumericalError, and InvalidArgument for a method that does not fit the model.
     """
     with ExitStack() as stack:  # closed files: what the model keeps mapped stays valid
-        weights, scheme, origin = _open(config, directory, ops, quant, scheme, cache, progress, stack)
+        weights, origin = _open(config, directory, ops, quant, scheme, cache, progress, stack)
         if isinstance(weights, CachedWeights) and f"{HEAD}.weight" in weights.names():
             config = replace(config, tie_word_embeddings=False)  # a quantised head is a copy
         workspace = Workspace(ops)
-        context = Context(ops, workspace, dtype, LayerMethods(quant, ops, workspace, scheme))
+        stored = None if isinstance(weights, Checkpoint) else weights.storages()
+        context = Context(ops, workspace, dtype, LayerMethods(quant, ops, workspace, stored))
         model = Decoder(config, context)
         parameters = {parameter.name: parameter for parameter in model.parameters()}
 
@@ -91,22 +92,22 @@ def _open(
     cache: bool,
     progress: Progress,
     stack: ExitStack,
-) -> tuple[Checkpoint | LogicalCheckpoint | CachedWeights, QuantScheme | None, str]:
-    """The weights, what is known of those that are quantised, and where these come from."""
+) -> tuple[Checkpoint | LogicalCheckpoint | CachedWeights, str]:
+    """The weights, and where those that are quantised come from."""
     if scheme is not None:
-        return stack.enter_context(LogicalCheckpoint(directory, scheme)), scheme, f"from the checkpoint, {scheme.name}"
+        return stack.enter_context(LogicalCheckpoint(directory, scheme)), f"from the checkpoint, {scheme.name}"
     source = stack.enter_context(Checkpoint(directory))
     linears = linear_modules(config)
     if not cache or quant.method == AS_STORED or sum(N * K for N, K in linears.values()) < WORTH_CACHING:
-        return source, None, "quantised while loading"
+        return source, "quantised while loading"
     recipe = Recipe(quant.method, quant.grade, quant.head or AS_STORED, quant.fallback)
     tied = f"{EMBEDDING}.weight" if config.tie_word_embeddings else None
     try:
         with progress("quantising") as update:
             cached = CachedWeights(source, recipe, ops, linears, tied, cache_directory("quantised"), update)
     except (WeightsError, InvalidArgument) as problem:  # a full disk, another process at work; worse shows up again
-        return source, None, f"quantised while loading, not cached ({problem})"
-    return stack.enter_context(cached), cached.scheme, f"cached in {cached.entry_directory}"
+        return source, f"quantised while loading, not cached ({problem})"
+    return stack.enter_context(cached), f"cached in {cached.entry_directory}"
 
 
 def _described(quant: QuantConfig, origin: str) -> str:

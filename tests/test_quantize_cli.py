@@ -312,7 +312,7 @@ def refusals(source: Path) -> list[tuple[Path, dict[str, Any], type[EngineError]
         (out, {"quant": "mxfp4", "grade": "4over6"}, InvalidArgument, "4over6 is defined for nvfp4"),
         (out, {"quant": "fp8", "grade": "sweep"}, InvalidArgument, "fp8 has one scale rule"),
         (out, {"head": "int8"}, InvalidArgument, "unknown quant_head 'int8'"),
-        (out, {"fallback": "fp8"}, InvalidArgument, "unknown quant-fallback 'fp8'"),
+        (out, {"fallback": "fp8"}, InvalidArgument, "unknown quant_fallback 'fp8'"),
         (out, {"layout": "gguf"}, InvalidArgument, "unknown format 'gguf'"),
         (out, {"layout": "modelopt", "quant": "hif4"}, InvalidArgument, "modelopt format does not hold hif4"),
         (out, {"layout": "modelopt", "head": "fp8"}, InvalidArgument, "modelopt format does not hold fp8"),

@@ -17,7 +17,7 @@ from types import TracebackType
 from engine.errors import WeightsError
 from engine.ops.contract import Ops
 from engine.quant.recipe import Recipe
-from engine.quant.scheme import Pattern, QuantScheme, Rule
+from engine.quant.scheme import Pattern, QuantScheme, Rule, Storage
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.conversion import Plan, check_target, plan_conversion, publish, work_folder, write_shards
 from engine.weights.quantized import LogicalCheckpoint, LogicalEntry, Weight
@@ -53,10 +53,9 @@ class CachedWeights:
         made = set(self._quantized.names())
         self._names = (*made, *(name for name in source.names() if name not in made))
 
-    @property
-    def scheme(self) -> QuantScheme | None:
-        """Which weights are quantised, and how."""
-        return self._quantized.scheme
+    def storages(self) -> dict[str, Storage]:
+        """How each quantised module is stored."""
+        return self._quantized.storages()
 
     def names(self) -> tuple[str, ...]:
         return self._names

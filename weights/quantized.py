@@ -73,6 +73,11 @@ class LogicalCheckpoint:
         """All logical tensors, in the order of their first bytes in the files."""
         return tuple(self._entries)
 
+    def storages(self) -> dict[str, Storage]:
+        """How each quantised module is stored."""
+        entries = self._entries.values()
+        return {e.name.removesuffix(".weight"): e.storage for e in entries if isinstance(e, LogicalEntry)}
+
     def entry(self, name: str) -> TensorEntry | LogicalEntry:
         if name not in self._entries:
             raise WeightsError(f"{self.directory}: no tensor {name!r} among its {len(self._entries)}")

@@ -10,7 +10,7 @@ plain, in a quantised checkpoint            as stored, which is what its publish
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -70,7 +70,7 @@ def check_quant(quant: QuantConfig) -> None:
         if value not in known:
             raise InvalidArgument(f"unknown {what} {value!r}; choose one of {', '.join(known)}")
     rule = FP4_METHODS.get(quant.method)
-    if quant.compat and (rule is None or rule.paths != "sparse and dense"):
+    if quant.compat and quant.method != AUTO and (rule is None or rule.paths != "sparse and dense"):
         raise InvalidArgument(f"sharq_compat concerns SharQ's two paths; quant {quant.method!r} has none")
     if quant.method == FP8 and quant.grade not in (None, "rtn") and quant.head != "nvfp4":
         raise InvalidArgument(f"fp8 has one scale rule, called rtn; the grade {quant.grade!r} is for FP4")
@@ -79,21 +79,25 @@ def check_quant(quant: QuantConfig) -> None:
     check_scale_rule(rule.format, quant.scale)
 
 
-def resolve(quant: QuantConfig, scheme: QuantScheme | None) -> QuantConfig:
+def resolve(quant: QuantConfig, scheme: QuantScheme | None, *, tied_head: bool = False) -> QuantConfig:
     """What was left open decided: method, head, and the grade, None where no weight has one.
 
-    scheme: what the checkpoint says of itself; None for a plain one. Raises InvalidArgument as `check_quant` does, and
-    for a method that the stored weights do not allow.
+    scheme: what the checkpoint says of itself; None for a plain one. tied_head: whether the head is the embedding,
+    which is never stored quantised. Raises InvalidArgument as `check_quant` does, and for what the stored weights do not allow.
     """
     check_quant(quant)
-    if scheme is not None:
-        return _resolve_stored(quant, scheme)
+    resolved = _resolve_plain(quant) if scheme is None else _resolve_stored(quant, scheme, tied_head)
+    check_quant(resolved)
+    return resolved
+
+
+def _resolve_plain(quant: QuantConfig) -> QuantConfig:
     method, head = AS_STORED if quant.method == AUTO else quant.method, quant.head or AS_STORED
     fp4 = method in FP4_METHODS or head == "nvfp4"
     return replace(quant, method=method, head=head, grade=(quant.grade or _DEFAULT_GRADE) if fp4 else None)
 
 
-def _resolve_stored(quant: QuantConfig, scheme: QuantScheme) -> QuantConfig:
+def _resolve_stored(quant: QuantConfig, scheme: QuantScheme, tied_head: bool) -> QuantConfig:
     method = scheme.method if quant.method == AUTO else quant.method
     formats = {rule.storage.format for rule in scheme.rules}
     if weight_format(method) not in formats:
@@ -102,7 +106,7 @@ def _resolve_stored(quant: QuantConfig, scheme: QuantScheme) -> QuantConfig:
             f"the checkpoint's weights are {' and '.join(sorted(formats))} ({scheme.name}), which quant {method!r} "
             f"does not multiply; choose one of {', '.join(able)}, or start from the original model"
         )
-    storage = scheme.storage(HEAD)
+    storage = None if tied_head else scheme.storage(HEAD)
     if storage is not None and quant.head not in (None, storage.format):
         raise InvalidArgument(f"the checkpoint's head is stored as {storage.format}; it cannot become {quant.head}")
     head = quant.head or (AS_STORED if storage is None else storage.format)
@@ -113,18 +117,21 @@ def _resolve_stored(quant: QuantConfig, scheme: QuantScheme) -> QuantConfig:
             "when quantising"
         )
     grade = (quant.grade or _DEFAULT_GRADE) if new_head else scheme.grade
-    resolved = replace(quant, method=method, head=head, grade=grade)
-    check_quant(resolved)
-    return resolved
+    return replace(quant, method=method, head=head, grade=grade)
 
 
 class LayerMethods:
-    """Which method serves which linear layer of one model. quant: resolved."""
+    """Which method serves which linear layer of one model.
 
-    def __init__(self, quant: QuantConfig, ops: Ops, workspace: Workspace, scheme: QuantScheme | None = None) -> None:
+    quant: resolved. stored: how a quantised checkpoint stores its linear layers, plain ones left out; None: it is plain.
+    """
+
+    def __init__(
+        self, quant: QuantConfig, ops: Ops, workspace: Workspace, stored: Mapping[str, Storage] | None = None
+    ) -> None:
         self._quant = quant
         self._ops = ops
-        self._scheme = scheme
+        self._stored = stored
         self._full = AsStored(ops, workspace)
 
     def __call__(self, names: Sequence[str], K: int) -> LinearMethod:
@@ -134,24 +141,22 @@ class LayerMethods:
         """
         storage = self._storage(names)
         if storage is not None:
-            return self._stored(names[0], K, storage)
+            return self._as_stored(names[0], K, storage)
         if tuple(names) == (HEAD,):
             return self._head(K)
-        if self._scheme is not None or self._quant.method == AS_STORED:
+        if self._stored is not None or self._quant.method == AS_STORED:
             return self._full
         return self._body(names[0], K, self._full)
 
     def _storage(self, names: Sequence[str]) -> Storage | None:
-        if self._scheme is None:
-            return None
-        stored = {name: self._scheme.storage(name) for name in names}
+        stored = {name: (self._stored or {}).get(name) for name in names}
         kinds = {storage and storage.format for storage in stored.values()}
         if len(kinds) > 1:
             each = ", ".join(f"{name} {storage.format if storage else 'plain'}" for name, storage in stored.items())
             raise InvalidArgument(f"layers that share an input must be stored in one format; the checkpoint has {each}")
         return stored[names[0]]
 
-    def _stored(self, name: str, K: int, storage: Storage) -> LinearMethod:
+    def _as_stored(self, name: str, K: int, storage: Storage) -> LinearMethod:
         weights_only = self._weights_only(storage)
         if name == HEAD or storage.format != weight_format(self._quant.method):
             return weights_only
