@@ -83,7 +83,8 @@ def resolve(quant: QuantConfig, scheme: QuantScheme | None, *, tied_head: bool =
     """What was left open decided: method, head, and the grade, None where no weight has one.
 
     scheme: what the checkpoint says of itself; None for a plain one. tied_head: whether the head is the embedding,
-    which is never stored quantised. Raises InvalidArgument as `check_quant` does, and for what the stored weights do not allow.
+    which is never stored quantised. Raises InvalidArgument as `check_quant` does, and for what the stored weights do
+    not allow.
     """
     check_quant(quant)
     resolved = _resolve_plain(quant) if scheme is None else _resolve_stored(quant, scheme, tied_head)
@@ -123,7 +124,8 @@ def _resolve_stored(quant: QuantConfig, scheme: QuantScheme, tied_head: bool) ->
 class LayerMethods:
     """Which method serves which linear layer of one model.
 
-    quant: resolved. stored: how a quantised checkpoint stores its linear layers, plain ones left out; None: it is plain.
+    quant: resolved. stored: how a quantised checkpoint stores its linear layers, plain ones left out; None: it is
+    plain.
     """
 
     def __init__(
