@@ -7,14 +7,14 @@ process that exits after one token, so the figure includes the interpreter's sta
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
 from engine.bench.machine import describe_machine
+from engine.bench.report import add_output_options, as_markdown, write_report
 
 _COMMANDS = {
     "python itself": ["-c", "pass"],
@@ -25,25 +25,26 @@ _COMMANDS = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=11)
-    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
+    add_output_options(parser)
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run the commands in turns, print medians in seconds, and the JSON last."""
+    """Run the commands in turns, print medians in seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in _COMMANDS}
     for _ in range(options.runs + 1):
         for name, command in _COMMANDS.items():
             seconds[name].append(_seconds(command))
-    report = {
+    report: dict[str, Any] = {
         "what": "seconds from process start to exit, median",
-        **{name: round(statistics.median(values[1:]), 4) for name, values in seconds.items()},  # the first warms up
         "runs": options.runs,
+        "rows": [
+            {"process": name, "seconds": round(statistics.median(values[1:]), 4)}  # the first warms up
+            for name, values in seconds.items()
+        ],
         "machine": describe_machine(),
     }
-    text = json.dumps(report, indent=1)
-    if options.output:
-        options.output.write_text(text + "\n")
-    print(text)
+    table = as_markdown(["process", "seconds"], [list(row.values()) for row in report["rows"]])
+    write_report(options, report, table)
 
 
 def _seconds(command: list[str]) -> float:

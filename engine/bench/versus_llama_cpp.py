@@ -4,7 +4,9 @@ Both sides hold random weights in the Qwen2.5-0.5B shape (24 layers, hidden 896,
 32,000, tied), in the types asked for. A round measures us, then the peer: 512-token prefill, then 64 decoded tokens at
 batch 1 after a prompt of one token. Ours is timed through `LLM.stream`, so scheduler, sampler and detokeniser are in
 it; the peer's is its C API without a sampler. Reported: medians of tokens/s, and the median over rounds of the ratio
-within a round. The peer's environment is the user's to make: pip install llama-cpp-python gguf.
+within a round. llama.cpp's own tools give a model a Q8_0 head: --peer-head q8_0 beside --quant-head fp8 compares equal
+widths. Its NVFP4 blocks are random codes, because its Python library cannot make them from values. The peer's
+environment is the user's to make: pip install llama-cpp-python gguf.
 """
 
 from __future__ import annotations
@@ -17,12 +19,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from engine import LLM, SamplingParams
 from engine.bench.machine import describe_machine
+from engine.bench.report import Row, add_output_options, as_markdown, write_report
 from engine.bench.synthetic import write_model
 from engine.cli import say
+from engine.errors import DeviceError
 
+SHAPE = "qwen2.5-0.5b-32k"
+PEER_TYPES = ("bf16", "q4_0", "q8_0", "nvfp4")
 PREFILL, DECODE = 512, 64
 Ask = Callable[[str, int], float]  # (what, how many tokens) -> seconds
 
@@ -30,58 +37,76 @@ Ask = Callable[[str, int], float]  # (what, how many tokens) -> seconds
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer-python", required=True, help="interpreter that has llama-cpp-python and gguf")
     parser.add_argument("--work", type=Path, required=True, help="folder for the two random models (2 GB), kept")
-    parser.add_argument("--quant", default="bf16", help="our method; the head stays bf16 (default: %(default)s)")
-    parser.add_argument("--grade", default="rtn", help="our weight grade, which does not change the speed")
-    parser.add_argument("--peer-type", default="bf16", help="the peer's weights: bf16 | q4_0 | q8_0, with a bf16 head")
+    parser.add_argument("--quant", default="bf16", help="our method (default: %(default)s)")
+    parser.add_argument("--quant-head", default="bf16", help="our head: bf16 | fp8 | nvfp4 (default: %(default)s)")
+    parser.add_argument("--grade", help="our weight grade, which does not change the speed (default: rtn)")
+    parser.add_argument("--peer-type", choices=PEER_TYPES, default="bf16", help="(default: %(default)s)")
+    parser.add_argument("--peer-head", choices=PEER_TYPES, default="bf16", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
+    add_output_options(parser)
 
 
 def main(options: argparse.Namespace) -> None:
-    """Measure, print a table, and the JSON last."""
+    """Measure, print."""
     options.work.mkdir(parents=True, exist_ok=True)
-    ours_dir = options.work / "qwen2.5-0.5b-32k"
-    write_model("qwen2.5-0.5b-32k", ours_dir)
-    ours = LLM(ours_dir, quant=options.quant, grade=options.grade, threads=options.threads, enable_prefix_caching=False)
-    with ours as llm, _peer(options) as (ask, versions):
+    write_model(SHAPE, options.work / SHAPE)
+    with _ours(options) as llm, _peer(options) as (ask, versions):
         _prefill(llm), _decode(llm), ask("prefill", PREFILL), ask("decode", DECODE)  # warm-up
         rounds = []
         for number in range(options.rounds):
             rounds.append(_round(llm, ask))
             say(f"round {number + 1} of {options.rounds}: {_text(rounds[-1])}")
         report = {
-            "what": "Qwen2.5-0.5B shape, vocabulary 32,000, bf16 heads, tokens per second",
+            "what": "Qwen2.5-0.5B shape, vocabulary 32,000: tokens per second, medians; ratio within a round",
             "ours": options.quant,
+            "our_head": options.quant_head,
             "peer": options.peer_type,
+            "peer_head": options.peer_head,
             "threads": options.threads,
             "kernel_path": llm.kernel_path,
-            **{name: _summary(rounds, name) for name in ("prefill", "decode")},
+            "rows": [_row(rounds, name) for name in ("prefill", "decode")],
             "rounds": rounds,
             "machine": describe_machine() | versions,
         }
-    text = json.dumps(report, indent=1)
-    if options.output:
-        options.output.write_text(text + "\n")
-    print(text)
+    write_report(options, report, _table(report))
+
+
+def _ours(options: argparse.Namespace) -> LLM:
+    fp4 = options.quant not in ("bf16", "fp8") or options.quant_head == "nvfp4"
+    return LLM(
+        options.work / SHAPE,
+        quant=options.quant,
+        quant_head=options.quant_head,
+        grade=options.grade or ("rtn" if fp4 else None),
+        threads=options.threads,
+        enable_prefix_caching=False,
+        quant_cache=False,
+    )
 
 
 @contextmanager
 def _peer(options: argparse.Namespace) -> Iterator[tuple[Ask, dict[str, str]]]:
     """A function ask(what, count) -> seconds, answered by the peer's process, and the peer's versions."""
     script = Path(__file__).with_name("versus_llama_cpp_peer.py")
-    model = options.work / f"{options.peer_type}.gguf"
+    model = options.work / f"{options.peer_type}-head-{options.peer_head}.gguf"
     command = [options.peer_python, str(script), str(model), "--threads", str(options.threads)]
-    command += ["--type", options.peer_type]
+    command += ["--type", options.peer_type, "--head", options.peer_head]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         requests, answers = process.stdin, process.stdout
         assert requests is not None and answers is not None
 
+        def answer() -> Any:
+            line = answers.readline()
+            if not line:
+                raise DeviceError(f"the peer's process, {options.peer_python}, has ended; its message is above")
+            return json.loads(line)
+
         def ask(what: str, count: int) -> float:
             print(json.dumps({what: count}), file=requests, flush=True)
-            return float(json.loads(answers.readline()))
+            return float(answer())
 
-        yield ask, json.loads(answers.readline())
+        yield ask, answer()
         requests.close()
 
 
@@ -114,8 +139,20 @@ def _decode(llm: LLM) -> float:
         return time.perf_counter() - start
 
 
-def _summary(rounds: list[dict[str, dict[str, float]]], name: str) -> dict[str, float]:
-    return {key: round(statistics.median(r[name][key] for r in rounds), 3) for key in ("ours", "peer", "ratio")}
+def _row(rounds: list[dict[str, dict[str, float]]], name: str) -> Row:
+    medians = {key: statistics.median(r[name][key] for r in rounds) for key in ("ours", "peer", "ratio")}
+    return {"test": f"{name} {PREFILL if name == 'prefill' else DECODE}"} | {k: round(v, 3) for k, v in medians.items()}
+
+
+def _table(report: dict[str, Any]) -> str:
+    columns = [
+        "tokens/s",
+        f"ours: {report['ours']}, head {report['our_head']}",
+        f"llama.cpp: {report['peer']}, head {report['peer_head']}",
+        "ratio",
+    ]
+    lines = [[row["test"], f"{row['ours']:.1f}", f"{row['peer']:.1f}", f"{row['ratio']:.2f}"] for row in report["rows"]]
+    return f"{report['kernel_path']}. {report['machine']['cpu']}\n\n{as_markdown(columns, lines)}"
 
 
 def _text(measured: dict[str, dict[str, float]]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import numpy as np
+from numpy.typing import NDArray
 
 LAYERS, C, F, H, KVH, V = 24, 896, 4864, 14, 2, 32000
 
@@ -46,9 +47,12 @@ def write_gguf(path: Path, weight_type: str, head_type: str) -> None:
     writer.add_eos_token_id(2)
 
     def matrix(name: str, N: int, K: int, kind: str) -> None:
-        values = rng.standard_normal((N, K), np.float32) * np.float32(K**-0.5)
         raw = gguf.GGMLQuantizationType[kind.upper()]
-        writer.add_tensor(name, gguf.quants.quantize(values, raw), raw_dtype=raw)
+        if kind == "nvfp4":
+            blocks = random_nvfp4(rng, N, K)
+        else:
+            blocks = gguf.quants.quantize(rng.standard_normal((N, K), np.float32) * np.float32(K**-0.5), raw)
+        writer.add_tensor(name, blocks, raw_dtype=raw)
 
     matrix("token_embd.weight", V, C, head_type)
     writer.add_tensor("output_norm.weight", np.ones(C, np.float32))
@@ -68,6 +72,17 @@ def write_gguf(path: Path, weight_type: str, head_type: str) -> None:
     writer.write_tensors_to_file()
     writer.close()
     partial.rename(path)
+
+
+def random_nvfp4(rng: np.random.Generator, N: int, K: int) -> NDArray[np.uint8]:
+    """Valid blocks of llama.cpp's NVFP4, bytes [N, K / 64 * 36]: gguf knows the type and cannot quantise to it.
+
+    A block is 64 k: four UE4M3 scales, one per 16 k, then 32 bytes of codes, two a byte. Codes are uniform and scales
+    lie in 2^-6 ... 2^-5, which gives values about as large as the other types' weights.
+    """
+    blocks = rng.integers(0, 256, (N, K // 64, 36), np.uint8)
+    blocks[..., :4] = rng.integers(0x08, 0x10, (N, K // 64, 4), np.uint8)
+    return blocks.reshape(N, -1)
 
 
 class Peer:
