@@ -13,7 +13,8 @@
 #pragma once
 
 #if defined(__CUDACC_RTC__)
-typedef unsigned int uint32_t;  // NVRTC has no <cstdint>
+typedef unsigned short uint16_t;  // NVRTC has no <cstdint>
+typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 #else
 #include <cstdint>
@@ -45,6 +46,47 @@ namespace ptx {
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
+
+// --- Loads of data read once (sm_80): past L1, and with a policy for L2 --------------------------------------------------
+// The memory must not be written while the kernel runs. Aligned to the size.
+
+__device__ __forceinline__ uint64_t l2_evict_first() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ uint64_t l2_evict_last() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ void load_once_4(uint32_t (&r)[1], const void* global) {
+    asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(r[0]) : "l"(global));
+}
+__device__ __forceinline__ void load_once_8(uint32_t (&r)[2], const void* global) {
+    asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(global));
+}
+__device__ __forceinline__ void load_once_16(uint32_t (&r)[4], const void* global) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "l"(global));
+}
+__device__ __forceinline__ void load_once_16(uint32_t (&r)[4], const void* global, uint64_t policy) {
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "l"(global), "l"(policy));
+}
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(global) : "memory");
+}
+
+// --- Programmatic dependent launch (sm_90) --------------------------------------------------------------------------------
+#if PTX_ARCH >= 90
+// Waits until the grids this one depends on have finished and their writes are visible.
+__device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
+// Lets dependent grids start.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" : : : "memory"); }
+#endif
 
 // --- cp.async (sm_80): global to shared without registers ---------------------------------------------------------------
 
@@ -124,6 +166,27 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row
                  : "memory");
 }
 
+#if PTX_ARCH >= 90
+__device__ __forceinline__ void stmatrix_x2(uint32_t row, const uint32_t (&r)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};"
+                 :
+                 : "r"(row), "r"(r[0]), "r"(r[1])
+                 : "memory");
+}
+__device__ __forceinline__ void stmatrix_x4(uint32_t row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+#endif
+
 // --- mma (sm_80): c += A B, A 16 × k row-major, B k × 8 column-major ------------------------------------------------------
 // An element of 32/E bits: A register r holds row g + 8 (r & 1), k = E q + i + 4 E (r >> 1), i = 0 … E-1 from the low
 // bits up; B register r column g, k = E q + i + 4 E r; C register r row g + 8 (r >> 1), column 2 q + (r & 1).
@@ -145,5 +208,181 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&c)[4], const uint32_t (
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// fp8: sm_89.
+#if PTX_ARCH >= 89
+__device__ __forceinline__ void mma_m16n8k32_e4m3(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+// s8 into s32, which wraps.
+__device__ __forceinline__ void mma_m16n8k16_s8(int (&c)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+__device__ __forceinline__ void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// --- mma.sp (sm_80): the same with 2:4 sparse A ---------------------------------------------------------------------------
+// k counts B's rows; A's registers hold the kept half, laid out as a dense A of k / 2. Metadata nibble i0 | i1 << 2,
+// i0 < i1, of chunk c of a row: its kept elements 2 c, 2 c + 1 stand at k = 4 c + i0, 4 c + i1. Lane 4 g + j gives, with
+// selector f (0 or 1), for
+//     m16n8k32, 16 bits   if j = 2 f + h: bits 0-15 row g, bits 16-31 row g + 8, k in [16 h, + 16); else ignored
+//     m16n8k32, s8        if j = 2 f + h: row g + 8 h, all k (derived, check on hardware); else ignored
+//     m16n8k64, s8        row g + 8 (j & 1), k in [32 (j >> 1), + 32)
+
+template <int selector>
+__device__ __forceinline__ void mma_sp_m16n8k32_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                     uint32_t metadata) {
+    static_assert(selector == 0 || selector == 1, "the sparsity selector of k = 32 is 0 or 1");
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+          "n"(selector));
+}
+template <int selector>
+__device__ __forceinline__ void mma_sp_m16n8k32_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                    uint32_t metadata) {
+    static_assert(selector == 0 || selector == 1, "the sparsity selector of k = 32 is 0 or 1");
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+          "n"(selector));
+}
+template <int selector>
+__device__ __forceinline__ void mma_sp_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[2], const uint32_t (&b)[2],
+                                                   uint32_t metadata) {
+    static_assert(selector == 0 || selector == 1, "the sparsity selector of k = 32 is 0 or 1");
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6, %7}, "
+        "{%0, %1, %2, %3}, %8, %9;"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(b[1]), "r"(metadata), "n"(selector));
+}
+__device__ __forceinline__ void mma_sp_m16n8k64_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                   uint32_t metadata) {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0;"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata));
+}
+
+// --- Block-scaled FP4 mma (sm_120a) ----------------------------------------------------------------------------------------
+// E2M1 elements, E = 8 per register in the layout above. Scales of A's row m come from lane 4 (m % 8) + 2 thread_a +
+// m / 8, of B's column n from lane 4 n + thread_b. nvfp4: all four bytes (UE4M3), byte j for k in [16 j, + 16), sparse
+// [32 j, + 32). mxfp4: two bytes (UE8M0) from byte_a or byte_b (0 or 2) on, one per 32 k, sparse 64.
+// Sparse: metadata of lane l is row g + 8 (l & 1), k in [64 ((l >> 1) & 1), + 64); nibble c = i0 | i1 << 2 of the c-th 8
+// of them: stored codes 4 c, 4 c + 1 stand at k = 8 c + 2 i0 + {0, 1}, codes 4 c + 2, 4 c + 3 at 8 c + 2 i1 + {0, 1}.
+// Its B registers are those of two dense k = 64 tiles, one after the other. Unproven on hardware: thread_a or thread_b
+// other than 0 with sparse nvfp4.
+#if PTX_SM120A
+template <int thread_a = 0, int thread_b = 0>
+__device__ __forceinline__ void mma_m16n8k64_nvfp4(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                                   uint32_t scales_a, uint32_t scales_b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, %10, {0, %12}, %11, {0, %13};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(scales_a), "r"(scales_b),
+          "n"(thread_a), "n"(thread_b));
+}
+template <int byte_a = 0, int byte_b = 0, int thread_a = 0, int thread_b = 0>
+__device__ __forceinline__ void mma_m16n8k64_mxfp4(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                                   uint32_t scales_a, uint32_t scales_b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k64.row.col.kind::mxf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, %10, {%12, %13}, %11, {%14, %15};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(scales_a), "r"(scales_b), "n"(byte_a),
+          "n"(thread_a), "n"(byte_b), "n"(thread_b));
+}
+template <int thread_a = 0, int thread_b = 0>
+__device__ __forceinline__ void mma_sp_m16n8k128_nvfp4(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                       uint32_t metadata, uint32_t scales_a, uint32_t scales_b) {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k128.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1."
+        "e2m1.f32.ue4m3 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0, "
+        "%13, {0, %15}, %14, {0, %16};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+          "r"(scales_a), "r"(scales_b), "n"(thread_a), "n"(thread_b));
+}
+template <int byte_a = 0, int byte_b = 0, int thread_a = 0, int thread_b = 0>
+__device__ __forceinline__ void mma_sp_m16n8k128_mxfp4(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                       uint32_t metadata, uint32_t scales_a, uint32_t scales_b) {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k128.row.col.kind::mxf4.block_scale.scale_vec::2X.f32.e2m1.e2m1."
+        "f32.ue8m0 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0, "
+        "%13, {%15, %16}, %14, {%17, %18};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+          "r"(scales_a), "r"(scales_b), "n"(byte_a), "n"(thread_a), "n"(byte_b), "n"(thread_b));
+}
+
+// --- Conversions of sm_120a -------------------------------------------------------------------------------------------------
+// Nearest, ties to even, saturating. Eight values to E2M1 codes, x[0] in the lowest nibble.
+__device__ __forceinline__ uint32_t e2m1x8(const float (&x)[8]) {
+    uint32_t codes;
+    asm volatile(
+        "{.reg .b8 p0, p1, p2, p3;\n"
+        "cvt.rn.satfinite.e2m1x2.f32 p0, %2, %1;\n"
+        "cvt.rn.satfinite.e2m1x2.f32 p1, %4, %3;\n"
+        "cvt.rn.satfinite.e2m1x2.f32 p2, %6, %5;\n"
+        "cvt.rn.satfinite.e2m1x2.f32 p3, %8, %7;\n"
+        "mov.b32 %0, {p0, p1, p2, p3};}"
+        : "=r"(codes)
+        : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "f"(x[4]), "f"(x[5]), "f"(x[6]), "f"(x[7]));
+    return codes;
+}
+// Eight E2M1 codes to fp16 pairs: h[i] holds codes 2 i (low half) and 2 i + 1.
+__device__ __forceinline__ void f16x8_of_e2m1(uint32_t (&h)[4], uint32_t codes) {
+    asm volatile(
+        "{.reg .b8 p0, p1, p2, p3;\n"
+        "mov.b32 {p0, p1, p2, p3}, %4;\n"
+        "cvt.rn.f16x2.e2m1x2 %0, p0;\n"
+        "cvt.rn.f16x2.e2m1x2 %1, p1;\n"
+        "cvt.rn.f16x2.e2m1x2 %2, p2;\n"
+        "cvt.rn.f16x2.e2m1x2 %3, p3;}"
+        : "=r"(h[0]), "=r"(h[1]), "=r"(h[2]), "=r"(h[3])
+        : "r"(codes));
+}
+// UE8M0 (powers of two) of magnitudes, rounded upward: `low` in the low byte.
+__device__ __forceinline__ uint16_t ue8m0x2(float low, float high) {
+    uint16_t codes;
+    asm volatile("cvt.rp.satfinite.ue8m0x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+    return codes;
+}
+#endif
+
+// --- E4M3 conversions (sm_89): nearest, ties to even, saturating to ±448; `low` in the low byte ------------------------------
+#if PTX_ARCH >= 89
+__device__ __forceinline__ uint16_t e4m3x2(float low, float high) {
+    uint16_t codes;
+    asm volatile("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+    return codes;
+}
+// The low code to the low half.
+__device__ __forceinline__ uint32_t f16x2_of_e4m3(uint16_t codes) {
+    uint32_t halves;
+    asm volatile("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+    return halves;
+}
+#endif
 
 }  // namespace ptx

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "ptx_convert.h"
+#include "ptx_fp4.h"
 #include "ptx_mma.h"
 #include "ptx_program.h"
 
@@ -19,6 +21,15 @@ struct Fragment {
     Fragment(const Warp& warp, int first) {
         for (int lane = 0; lane < 32; ++lane)
             for (int r = 0; r < R; ++r) word[lane][r] = warp.lane[lane]->word(first + r);
+    }
+    void store(const Warp& warp, int first) const {
+        for (int lane = 0; lane < 32; ++lane)
+            for (int r = 0; r < R; ++r) warp.lane[lane]->set(first + r, word[lane][r]);
+    }
+    // A fragment of one register per lane, as a plain array.
+    const uint32_t (&single() const)[32] {
+        static_assert(R == 1, "one register per lane");
+        return reinterpret_cast<const uint32_t(&)[32]>(word);
     }
 };
 
@@ -98,6 +109,50 @@ void cp_async_commit(Frame&) { async_commit(); }
 void cp_async_wait(Frame& frame) { async_wait(frame.word(0), frame.site()); }
 void cp_async_wait_all(Frame& frame) { async_wait_all(frame.site()); }
 
+// --- Loads with cache hints -------------------------------------------------------------------------------------------
+
+// Operands: `words` destinations, address.
+template <int words>
+void load(Frame& frame) {
+    const uint64_t address = frame.get(words);
+    if (address % (4 * words)) frame.fail("the load's address is not aligned to its size");
+    const auto* pointer = reinterpret_cast<const unsigned char*>(address);
+    note_read(pointer, 4 * words, lane_id());
+    for (int i = 0; i < words; ++i) {
+        uint32_t word;
+        std::memcpy(&word, pointer + 4 * i, 4);
+        frame.set(i, word);
+    }
+}
+
+void create_policy(Frame& frame) { frame.set(0, 0); }  // hints change no result
+void nothing(Frame&) {}
+
+// --- Small instructions that wrappers need beside the main one ----------------------------------------------------------
+
+void set_not_equal(Frame& frame) { frame.set(0, frame.word(1) != frame.word(2)); }
+void select(Frame& frame) { frame.set(0, frame.get(3) ? frame.word(1) : frame.word(2)); }
+void pack_bytes(Frame& frame) {
+    uint32_t word = 0;
+    for (int i = 0; i < 4; ++i) word |= (frame.word(1 + i) & 0xFF) << (8 * i);
+    frame.set(0, word);
+}
+void unpack_bytes(Frame& frame) {
+    for (int i = 0; i < 4; ++i) frame.set(i, frame.word(4) >> (8 * i) & 0xFF);
+}
+
+// --- Conversions: the first source to the upper half ---------------------------------------------------------------------
+
+template <uint32_t (*code)(float), int bits>
+void pair_of(Frame& frame) {
+    frame.set(0, code(frame.real(1)) << bits | code(frame.real(2)));
+}
+template <uint32_t (*f16)(uint32_t), int bits>
+void f16_pair(Frame& frame) {
+    const uint32_t pair = frame.word(1), mask = (1u << bits) - 1;
+    frame.set(0, f16(pair >> bits & mask) << 16 | f16(pair & mask));
+}
+
 // --- Matrix products --------------------------------------------------------------------------------------------------
 
 template <Element element>
@@ -106,6 +161,94 @@ void mma_m16n8k16(const Warp& warp) {
     const Fragment<2> b(warp, 8);
     RealFragment<4> c(warp, 10);
     mma_16(element, warp.arch(), a.word, b.word, c.value);
+    c.store(warp, 0);
+}
+
+void mma_m16n8k32_e4m3(const Warp& warp) {
+    const Fragment<4> a(warp, 4);
+    const Fragment<2> b(warp, 8);
+    RealFragment<4> c(warp, 10);
+    mma_e4m3(warp.arch(), a.word, b.word, c.value);
+    c.store(warp, 0);
+}
+
+template <int RA, int RB>
+void mma_s8_dense(const Warp& warp) {
+    const Fragment<RA> a(warp, 4);
+    const Fragment<RB> b(warp, 4 + RA);
+    Fragment<4> c(warp, 4 + RA + RB);
+    mma_s8(a.word, b.word, nullptr, c.word);
+    c.store(warp, 0);
+}
+
+// Metadata and selector of a sparse instruction, as k of B per stored element of A.
+int selector_of(const Warp& warp, int operand, int highest) {
+    const uint32_t selector = warp.lane[0]->word(operand);
+    if (selector > static_cast<uint32_t>(highest))
+        warp.lane[0]->fail("the sparsity selector is at most " + std::to_string(highest));
+    return static_cast<int>(selector);
+}
+void require_legal(const Warp& warp, bool legal) {
+    if (!legal) warp.lane[0]->fail("a metadata nibble is not i0 | i1 << 2 with i0 < i1");
+}
+
+template <Element element>
+void mma_sp_m16n8k32(const Warp& warp) {
+    const Fragment<4> a(warp, 4), b(warp, 8);
+    RealFragment<4> c(warp, 12);
+    const Fragment<1> metadata(warp, 16);
+    Picked picked;
+    require_legal(warp, pick_16(metadata.single(), selector_of(warp, 17, 1), picked));
+    mma_sp_16(element, warp.arch(), a.word, b.word, picked, c.value);
+    c.store(warp, 0);
+}
+
+template <int R>
+void mma_s8_sparse(const Warp& warp) {
+    const Fragment<R> a(warp, 4), b(warp, 4 + R);
+    Fragment<4> c(warp, 4 + 2 * R);
+    const Fragment<1> metadata(warp, 8 + 2 * R);
+    const int selector = selector_of(warp, 9 + 2 * R, R == 2);
+    Picked picked;
+    require_legal(warp, R == 2 ? pick_s8_k32(metadata.single(), selector, picked) : pick_s8_k64(metadata.single(), picked));
+    mma_s8(a.word, b.word, &picked, c.word);
+    c.store(warp, 0);
+}
+
+// Operands from `first` on: scales of A, {byte, thread}, scales of B, {byte, thread}.
+BlockScales block_scales(const Warp& warp, int first, ScaleType type, int count) {
+    BlockScales scales{type, count, {}, {}, {}, {}};
+    for (int lane = 0; lane < 32; ++lane) {
+        scales.a[lane] = warp.lane[lane]->word(first);
+        scales.b[lane] = warp.lane[lane]->word(first + 3);
+    }
+    const Frame& frame = *warp.lane[0];
+    scales.a_from = {static_cast<int>(frame.word(first + 1)), static_cast<int>(frame.word(first + 2))};
+    scales.b_from = {static_cast<int>(frame.word(first + 4)), static_cast<int>(frame.word(first + 5))};
+    for (const ScaleSelector from : {scales.a_from, scales.b_from})
+        if (from.byte < 0 || from.byte + count > 4 || from.byte % count)
+            frame.fail("the byte selector is 0, or 0 or 2 with scale_vec::2X");
+    if (scales.a_from.thread < 0 || scales.a_from.thread > 1) frame.fail("the thread selector of A's scales is 0 or 1");
+    if (scales.b_from.thread < 0 || scales.b_from.thread > 3) frame.fail("the thread selector of B's scales is 0 to 3");
+    return scales;
+}
+
+template <ScaleType type, int count>
+void mma_m16n8k64_fp4(const Warp& warp) {
+    const Fragment<4> a(warp, 4);
+    const Fragment<2> b(warp, 8);
+    RealFragment<4> c(warp, 10);
+    mma_fp4(a.word, b.word, block_scales(warp, 14, type, count), c.value);
+    c.store(warp, 0);
+}
+
+template <ScaleType type, int count>
+void mma_sp_m16n8k128_fp4(const Warp& warp) {
+    const Fragment<4> a(warp, 4), b(warp, 8);
+    RealFragment<4> c(warp, 12);
+    const Fragment<1> metadata(warp, 16);
+    selector_of(warp, 17, 0);
+    require_legal(warp, mma_sp_fp4(a.word, b.word, metadata.single(), block_scales(warp, 18, type, count), c.value));
     c.store(warp, 0);
 }
 
@@ -139,11 +282,62 @@ const std::vector<Entry>& instruction_table() {
         {"stmatrix.sync.aligned.m8n8.x1.trans.shared.b16", "[r] r1", nullptr, stmatrix<1, true>, 900, any, true},
         {"stmatrix.sync.aligned.m8n8.x2.trans.shared.b16", "[r] r2", nullptr, stmatrix<2, true>, 900, any, true},
         {"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16", "[r] r4", nullptr, stmatrix<4, true>, 900, any, true},
-        // "mma": fragments sure, rounding from third-party probes (ptx_mma.h).
+        // "ld.global.nc", "createpolicy", "prefetch": sure; hints are ignored.
+        {"ld.global.nc.L1::no_allocate.b32", "=r [l]", load<1>, nullptr, 800, any, false},
+        {"ld.global.nc.L1::no_allocate.v2.b32", "=r2 [l]", load<2>, nullptr, 800, any, false},
+        {"ld.global.nc.L1::no_allocate.v4.b32", "=r4 [l]", load<4>, nullptr, 800, any, false},
+        {"ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32", "=r4 [l] l", load<4>, nullptr, 800, any, false},
+        {"createpolicy.fractional.L2::evict_first.b64", "=l", create_policy, nullptr, 800, any, false},
+        {"createpolicy.fractional.L2::evict_last.b64", "=l", create_policy, nullptr, 800, any, false},
+        {"prefetch.global.L2", "[l]", nothing, nullptr, 800, any, true},
+        // "griddepcontrol": one grid at a time runs here, so there is nothing to wait for.
+        {"griddepcontrol.wait", "", nothing, nullptr, 900, any, true},
+        {"griddepcontrol.launch_dependents", "", nothing, nullptr, 900, any, true},
+        // "setp", "selp", "mov": sure.
+        {"setp.ne.b32", "=p x x", set_not_equal, nullptr, 0, any, false},
+        {"selp.b32", "=r x x p", select, nullptr, 0, any, false},
+        {"mov.b32", "=r b4", pack_bytes, nullptr, 0, any, false},
+        {"mov.b32", "=b4 r", unpack_bytes, nullptr, 0, any, false},
+        // "cvt": sure for numbers; NaN and UE8M0 of negative values follow cuda_fp4.h and cuda_fp8.h.
+        {"cvt.rn.satfinite.e4m3x2.f32", "=h f f", pair_of<e4m3_of, 8>, nullptr, 890, any, false},
+        {"cvt.rn.f16x2.e4m3x2", "=r h", f16_pair<f16_of_e4m3, 8>, nullptr, 890, any, false},
+        {"cvt.rn.satfinite.e2m1x2.f32", "=b f f", pair_of<e2m1_of, 4>, nullptr, 1000, any, false},
+        {"cvt.rn.f16x2.e2m1x2", "=r b", f16_pair<f16_of_e2m1, 4>, nullptr, 1000, any, false},
+        {"cvt.rp.satfinite.ue8m0x2.f32", "=h f f", pair_of<ue8m0_of, 8>, nullptr, 1000, any, false},
+        // "mma": fragments sure, rounding from third-party probes (ptx_mma.h); s8 exact.
         {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "=f4 r4 r2 f4", nullptr, mma_m16n8k16<Element::bf16>,
          800, any, false},
         {"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "=f4 r4 r2 f4", nullptr, mma_m16n8k16<Element::f16>, 800,
          any, false},
+        {"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", "=f4 r4 r2 f4", nullptr, mma_m16n8k32_e4m3, 890, any,
+         false},
+        {"mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32", "=r4 r2 r1 r4", nullptr, mma_s8_dense<2, 1>, 800, any, false},
+        {"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "=r4 r4 r2 r4", nullptr, mma_s8_dense<4, 2>, 800, any, false},
+        // "mma.sp": metadata maps as ptx_mma.h says, derived for s8 k32; rounding derived.
+        {"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32", "=f4 r4 r4 f4 r i", nullptr,
+         mma_sp_m16n8k32<Element::bf16>, 800, any, false},
+        {"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32", "=f4 r4 r4 f4 r i", nullptr,
+         mma_sp_m16n8k32<Element::f16>, 800, any, false},
+        {"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "=r4 r2 r2 r4 r i", nullptr,
+         mma_s8_sparse<2>, 800, any, false},
+        {"mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32", "=r4 r4 r4 r4 r i", nullptr,
+         mma_s8_sparse<4>, 800, any, false},
+        // "mma … block_scale": all of it as ptx_fp4.h says; unseen on hardware.
+        {"mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3",
+         "=f4 r4 r2 f4 r i2 r i2", nullptr, mma_m16n8k64_fp4<ScaleType::ue4m3, 4>, 1200, 1219, false},
+        {"mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0",
+         "=f4 r4 r2 f4 r i2 r i2", nullptr, mma_m16n8k64_fp4<ScaleType::ue8m0, 2>, 1200, 1219, false},
+        {"mma.sync.aligned.m16n8k64.row.col.kind::mxf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0",
+         "=f4 r4 r2 f4 r i2 r i2", nullptr, mma_m16n8k64_fp4<ScaleType::ue8m0, 2>, 1200, 1219, false},
+        {"mma.sp::ordered_metadata.sync.aligned.m16n8k128.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1."
+         "e2m1.f32.ue4m3",
+         "=f4 r4 r4 f4 r i r i2 r i2", nullptr, mma_sp_m16n8k128_fp4<ScaleType::ue4m3, 4>, 1200, 1219, false},
+        {"mma.sp::ordered_metadata.sync.aligned.m16n8k128.row.col.kind::mxf4nvf4.block_scale.scale_vec::2X.f32.e2m1."
+         "e2m1.f32.ue8m0",
+         "=f4 r4 r4 f4 r i r i2 r i2", nullptr, mma_sp_m16n8k128_fp4<ScaleType::ue8m0, 2>, 1200, 1219, false},
+        {"mma.sp::ordered_metadata.sync.aligned.m16n8k128.row.col.kind::mxf4.block_scale.scale_vec::2X.f32.e2m1.e2m1."
+         "f32.ue8m0",
+         "=f4 r4 r4 f4 r i r i2 r i2", nullptr, mma_sp_m16n8k128_fp4<ScaleType::ue8m0, 2>, 1200, 1219, false},
     };
     return table;
 }

@@ -156,7 +156,45 @@ void mma(Element element, Accumulation how, const Code (&a)[16][KA], const Code 
     fragment_of(tile, c);
 }
 
+// The nibbles of `count` chunks of four k, the first of them chunk `first` of the row.
+bool pick_chunks(uint32_t nibbles, int count, int first, uint8_t (&picked)[Factors::max_k]) {
+    for (int chunk = 0; chunk < count; ++chunk) {
+        const uint32_t low = nibbles >> (4 * chunk) & 3, high = nibbles >> (4 * chunk + 2) & 3;
+        if (low >= high) return false;
+        picked[2 * (first + chunk)] = static_cast<uint8_t>(4 * (first + chunk) + low);
+        picked[2 * (first + chunk) + 1] = static_cast<uint8_t>(4 * (first + chunk) + high);
+    }
+    return true;
+}
+
 }  // namespace
+
+bool pick_16(const uint32_t (&metadata)[32], int selector, Picked& picked) {
+    bool legal = true;
+    for (int lane = 0; lane < 32; ++lane) {
+        const int h = lane % 4 - 2 * selector;
+        if (h != 0 && h != 1) continue;
+        legal = legal && pick_chunks(metadata[lane], 4, 4 * h, picked[lane / 4]);
+        legal = legal && pick_chunks(metadata[lane] >> 16, 4, 4 * h, picked[lane / 4 + 8]);
+    }
+    return legal;
+}
+
+bool pick_s8_k32(const uint32_t (&metadata)[32], int selector, Picked& picked) {
+    bool legal = true;
+    for (int lane = 0; lane < 32; ++lane) {
+        const int h = lane % 4 - 2 * selector;
+        if (h == 0 || h == 1) legal = legal && pick_chunks(metadata[lane], 8, 0, picked[lane / 4 + 8 * h]);
+    }
+    return legal;
+}
+
+bool pick_s8_k64(const uint32_t (&metadata)[32], Picked& picked) {
+    bool legal = true;
+    for (int lane = 0; lane < 32; ++lane)
+        legal = legal && pick_chunks(metadata[lane], 8, 8 * (lane >> 1 & 1), picked[lane / 4 + 8 * (lane & 1)]);
+    return legal;
+}
 
 Accumulation accumulation(int arch, Element element, int k) {
     if (arch >= 900) return {25, k, false};
@@ -203,8 +241,8 @@ void mma_e4m3(int arch, const uint32_t (&a)[32][4], const uint32_t (&b)[32][2], 
     mma(Element::e4m3, accumulation(arch, Element::e4m3, 32), a_codes, b_codes, nullptr, c);
 }
 
-void mma_sp_16(Element element, int arch, const uint32_t (&a)[32][4], const uint32_t (&b)[32][4],
-               const uint8_t (&picked)[16][Factors::max_k], float (&c)[32][4]) {
+void mma_sp_16(Element element, int arch, const uint32_t (&a)[32][4], const uint32_t (&b)[32][4], const Picked& picked,
+               float (&c)[32][4]) {
     uint16_t a_codes[16][16], b_codes[8][32];
     unpack_a<2>(a, a_codes);
     unpack_b<2>(b, b_codes);

@@ -58,13 +58,43 @@ struct Factors {
 void accumulate(const Factors& factors, int count, const uint8_t (*picked)[Factors::max_k], Accumulation how,
                 float (&c)[16][8]);
 
-// d in place of c. m16n8k16, 16-bit elements.
+// All below: d in place of c.
+//
+// Sparse A keeps two of every four k. Metadata nibble i0 | i1 << 2 (i0 < i1) of chunk c: stored elements 2 c, 2 c + 1 of
+// the row belong to k = 4 c + i0, 4 c + i1. Which nibble is whose (lane 4 g + j; selector f):
+//     m16n8k32, 16 bits   lanes j = 2 f + h, h = 0, 1: bits 0-15 row g, bits 16-31 row g + 8, k in [16 h, + 16)
+//     m16n8k32, s8        lanes j = 2 f + h: row g + 8 h, all 32 k
+//     m16n8k64, s8        every lane (f = 0): row g + 8 (j & 1), k in [32 (j >> 1), + 32)
+// The PTX ISA shows these as figures (section "Matrix Fragments for sparse mma"); the first and third are what CUTLASS's
+// reorder_meta arranges for ldmatrix, the second is derived from the third: check it on hardware. Sparse rounding is
+// taken to be the dense step on (stored A, picked B), which is derived too.
+
+// k of B for each stored element of A.
+using Picked = uint8_t[16][Factors::max_k];
+// False where a nibble is illegal.
+bool pick_16(const uint32_t (&metadata)[32], int selector, Picked& picked);
+bool pick_s8_k32(const uint32_t (&metadata)[32], int selector, Picked& picked);
+bool pick_s8_k64(const uint32_t (&metadata)[32], Picked& picked);
+
+// 16-bit elements: m16n8k16 and, sparse, m16n8k32.
 void mma_16(Element element, int arch, const uint32_t (&a)[32][4], const uint32_t (&b)[32][2], float (&c)[32][4]);
-// m16n8k32, e4m3.
+void mma_sp_16(Element element, int arch, const uint32_t (&a)[32][4], const uint32_t (&b)[32][4], const Picked& picked,
+               float (&c)[32][4]);
+// e4m3: m16n8k32.
 void mma_e4m3(int arch, const uint32_t (&a)[32][4], const uint32_t (&b)[32][2], float (&c)[32][4]);
-// Sparse m16n8k32, 16-bit elements, metadata already taken from the selected lanes: see sparse_columns_16.
-void mma_sp_16(Element element, int arch, const uint32_t (&a)[32][4], const uint32_t (&b)[32][4],
-               const uint8_t (&picked)[16][Factors::max_k], float (&c)[32][4]);
+// s8 into s32, wrapping: K of B = 16 (RA 2, RB 1), 32 (4, 2), and sparse 32 (2, 2), 64 (4, 4).
+template <int RA, int RB>
+void mma_s8(const uint32_t (&a)[32][RA], const uint32_t (&b)[32][RB], const Picked* picked, uint32_t (&c)[32][4]) {
+    int8_t a_codes[16][8 * RA], b_codes[8][16 * RB];
+    unpack_a<4>(a, a_codes);
+    unpack_b<4>(b, b_codes);
+    for (int row = 0; row < 16; ++row)
+        for (int column = 0; column < 8; ++column) {
+            uint32_t& sum = c[4 * (row % 8) + column / 2][2 * (row / 8) + column % 2];
+            for (int s = 0; s < 8 * RA; ++s)
+                sum += static_cast<uint32_t>(a_codes[row][s] * b_codes[column][picked ? (*picked)[row][s] : s]);
+        }
+}
 
 }  // namespace ptx
 }  // namespace emu

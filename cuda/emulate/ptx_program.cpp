@@ -27,7 +27,7 @@ struct Local {
 
 // What a value of the signature must be.
 struct Slot {
-    char letter;  // h r l f p i x
+    char letter;  // as Entry::signature explains
     bool reads, writes, address, vector;
     int count;
 };
@@ -52,6 +52,7 @@ std::vector<Slot> slots_of(const char* signature) {
 
 char letter_of_type(const std::string& type) {
     if (type == "pred") return 'p';
+    if (type == "b8") return 'b';
     if (type == "b16" || type == "u16" || type == "s16") return 'h';
     if (type == "b32" || type == "u32" || type == "s32") return 'r';
     if (type == "b64" || type == "u64" || type == "s64") return 'l';
@@ -234,6 +235,7 @@ class Parser {
 
     Value value(const Slot& slot, const std::string& word, int64_t offset) {
         if (word[0] == '%') return operand(slot, word, offset);
+        if (word == "_" && slot.writes) return {Value::sink, 0, 0};
         for (size_t i = 0; i < locals_.size(); ++i) {
             if (locals_[i].name != word) continue;
             if (locals_[i].letter != (slot.letter == 'x' ? 'r' : slot.letter)) fail("'" + word + "' has the wrong type");

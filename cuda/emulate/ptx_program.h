@@ -19,17 +19,18 @@ namespace emu {
 namespace ptx {
 
 struct Value {
-    enum Kind : uint8_t { operand, local, immediate } kind;
+    enum Kind : uint8_t { operand, local, immediate, sink } kind;
     uint8_t index;      // of the asm operand or the declared register
-    int64_t immediate_; // an immediate's value, or the offset added to an address
+    int64_t constant;  // an immediate's value, or the offset added to an address
 };
 
 struct Frame;
 struct Warp;
 
 // One form of one instruction. Signature: operands separated by spaces, in order; letters as in asm constraints
-// (h r l f), p a predicate, i an immediate, x a 32-bit register or an immediate; "=" a destination, "+" one that is read
-// too; a number after it: a vector of that many; brackets: an address (l global, r shared).
+// (h r l f), b a declared 8-bit register, p a predicate, i an immediate, x a 32-bit register or an immediate; "=" a
+// destination (which may be the sink "_"), "+" one that is read too; a number after it: a vector of that many; brackets:
+// an address (l global, r shared).
 struct Entry {
     const char* mnemonic;
     const char* signature;
@@ -61,9 +62,9 @@ struct Frame {
 
     uint64_t get(int i) const {
         const Value& value = statement->values[i];
-        if (value.kind == Value::operand) return operands[value.index].bits + value.immediate_;
-        if (value.kind == Value::local) return locals[value.index] + value.immediate_;
-        return value.immediate_;
+        if (value.kind == Value::operand) return operands[value.index].bits + value.constant;
+        if (value.kind == Value::local) return locals[value.index] + value.constant;
+        return value.constant;
     }
     uint32_t word(int i) const { return static_cast<uint32_t>(get(i)); }
     float real(int i) const {
@@ -74,6 +75,7 @@ struct Frame {
     }
     void set(int i, uint64_t bits) {
         const Value& value = statement->values[i];
+        if (value.kind == Value::sink) return;
         if (value.kind == Value::local) {
             locals[value.index] = bits;
             return;

@@ -1,4 +1,4 @@
-"""Inline assembly as calls of the PTX interpreter, so that a host compiler can build a .cu file and the strings still run.
+"""Inline assembly as calls of the PTX interpreter: a host compiler can build a .cu file, and its asm strings still run.
 
 `rewrite` finds every `asm volatile("…" : outputs : inputs : clobbers)` and puts a call of `emu::ptx::Instruction` with
 the same string in its place (cuda/emulate/ptx.h shows the result); everything else, and every line number, stays.
