@@ -63,6 +63,13 @@ void yield();
 void sync_release(const void* object);
 void sync_acquire(const void* object);
 
+/// A memory fence of any scope: the calling thread's later atomics release what it has done so far.
+void fence();
+
+/// Announces an atomic operation of the calling thread, which follows at once: checked like note_atomic, acquires (and
+/// after a fence releases) `pointer`, and now and then lets other threads run, so that a spinning thread ends.
+void begin_atomic(const void* pointer, size_t bytes);
+
 // --- Shared memory --------------------------------------------------------------------------------------------------
 /// 32-bit shared-window addresses, as in PTX operands.
 uint32_t shared_offset(const void* pointer); ///< fails if the pointer is not into shared memory

@@ -1,0 +1,52 @@
+// What the compiler calls in a checking build. -fsanitize=thread puts a call before every load and store of the kernels;
+// libtsan is not linked, these functions take the calls.
+#if EMU_CHECKED
+
+#include <cstddef>
+#include <cstdint>
+
+#include "block.h"
+#include "checker.h"
+#include "report.h"
+
+namespace {
+
+/// A load or store by the compiler's choice of type is aligned, or the GPU faults: float4 and the like.
+inline void access(void* pointer, size_t bytes, size_t alignment, emu::Access kind, const void* pc) {
+    if (!emu::current) return;
+    auto& thread = *static_cast<emu::Thread*>(emu::current);
+    if (reinterpret_cast<uintptr_t>(pointer) % alignment) {
+        emu::fail("misaligned: %zu bytes at address %p, %s", bytes, pointer, emu::name_of_pc(pc).c_str());
+    }
+    emu::checker.access(pointer, bytes, kind, thread.id, pc, nullptr);
+}
+
+} // namespace
+
+#define EMU_PC __builtin_return_address(0)
+#define EMU_HOOKS(bytes)                                                                                              \
+    void __tsan_read##bytes(void* p) { access(p, bytes, bytes, emu::Access::read, EMU_PC); }                          \
+    void __tsan_write##bytes(void* p) { access(p, bytes, bytes, emu::Access::write, EMU_PC); }                        \
+    void __tsan_unaligned_read##bytes(void* p) { access(p, bytes, 1, emu::Access::read, EMU_PC); }                    \
+    void __tsan_unaligned_write##bytes(void* p) { access(p, bytes, 1, emu::Access::write, EMU_PC); }                  \
+    void __tsan_volatile_read##bytes(void* p) { access(p, bytes, bytes, emu::Access::read, EMU_PC); }                 \
+    void __tsan_volatile_write##bytes(void* p) { access(p, bytes, bytes, emu::Access::write, EMU_PC); }               \
+    void __tsan_unaligned_volatile_read##bytes(void* p) { access(p, bytes, 1, emu::Access::read, EMU_PC); }           \
+    void __tsan_unaligned_volatile_write##bytes(void* p) { access(p, bytes, 1, emu::Access::write, EMU_PC); }
+
+extern "C" {
+EMU_HOOKS(1)
+EMU_HOOKS(2)
+EMU_HOOKS(4)
+EMU_HOOKS(8)
+EMU_HOOKS(16)
+void __tsan_read_range(void* p, size_t bytes) { access(p, bytes, 1, emu::Access::read, EMU_PC); }
+void __tsan_write_range(void* p, size_t bytes) { access(p, bytes, 1, emu::Access::write, EMU_PC); }
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+}
+
+#endif
