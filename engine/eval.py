@@ -8,6 +8,9 @@ last window is dropped, which is how the literature reports WikiText-2 at 2048 t
 `compare` puts quantisation methods beside the model as stored, on the same windows: perplexity, Kullback-Leibler
 divergence of the next-token distributions, how often both prefer the same token, and the share of the loss that NVFP4
 (round-to-nearest weights) costs which a method wins back, with a 95 % bootstrap interval over windows.
+
+`layers` shows where a method hurts: the error of each linear layer's output on its real input, see
+`engine.layer_errors`.
 """
 
 from __future__ import annotations
@@ -25,11 +28,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.bench.machine import describe_machine
+from engine.bench.report import as_markdown, distinct_colors, load_pyplot
 from engine.cli import add_model_options, open_model, run, say
 from engine.config import QuantConfig
-from engine.errors import InvalidArgument
-from engine.quant.registry import FP4_METHODS, bits_per_weight
-from engine.weights.locate import DEMO_DIRECTORY
+from engine.errors import ConfigError, InvalidArgument
+from engine.json_file import read_json
+from engine.layer_errors import LayerError, kind_and_depth, layer_errors, pooled
+from engine.models.quantization import read_quantization
+from engine.models.registry import read_config
+from engine.ops.backends import select_backend
+from engine.quant.registry import FP4_METHODS, QUANTISING, bits_per_weight, resolve
+from engine.runner import activation_dtype
+from engine.tokenizer import Tokenizer
+from engine.weights.locate import DEMO_DIRECTORY, locate
 
 if TYPE_CHECKING:
     from engine.llm import LLM
@@ -137,11 +148,16 @@ def build_parser() -> argparse.ArgumentParser:
     perplexity = commands.add_parser("perplexity", help="perplexity of a text")
     perplexity.set_defaults(main=perplexity_main)
     compare = commands.add_parser("compare", help="quantisation methods beside the model as stored")
-    compare.add_argument("--methods", nargs="+", default=list(FP4_METHODS), help="default: all")
-    compare.add_argument("--grades", nargs="+", default=["sweep"], help="rtn 4over6 sweep (default: sweep)")
     compare.add_argument("--max-tokens", type=int, help="read no more tokens of the text than this")
+    compare.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the table (needs matplotlib)")
     compare.set_defaults(main=compare_main)
-    for command in (perplexity, compare):
+    layers = commands.add_parser("layers", help="output error of each linear layer on its real input")
+    layers.add_argument("--max-tokens", type=int, default=8192, help="of the text (default: %(default)s)")
+    layers.set_defaults(main=layers_main)
+    for command in (compare, layers):
+        command.add_argument("--methods", nargs="+", default=list(QUANTISING), help="default: all")
+        command.add_argument("--grades", nargs="+", default=["sweep"], help="rtn 4over6 sweep (default: sweep)")
+    for command in (perplexity, compare, layers):
         command.add_argument("--text", type=Path, help="UTF-8 file (default: the bundled model's held-out text)")
         command.add_argument("--wikitext", action="store_true", help="join lines as WikiText's rows are joined")
         command.add_argument("--window", type=int, help="tokens (default: 2048, or the longest the model allows)")
@@ -190,9 +206,10 @@ def perplexity_main(options: argparse.Namespace) -> None:
 
 def compare_main(options: argparse.Namespace) -> None:
     """Print one row per method and grade, in Markdown or as JSON."""
+    pyplot = load_pyplot(options.plot)
     text, name = _text_of(options)
-    wanted = [("nvfp4", "rtn")]  # what shares are measured against
-    wanted += [(m, g) for m in options.methods for g in options.grades if (m, g) not in wanted and _has_grade(m, g)]
+    reference: tuple[str, str | None] = ("nvfp4", "rtn")  # what shares are measured against
+    wanted = [reference, *(pair for pair in _methods_and_grades(options) if pair != reference)]
     options.quant = "bf16"
     with open_model(options) as stored:
         token_ids = stored.encode(text)[: options.max_tokens]
@@ -202,7 +219,7 @@ def compare_main(options: argparse.Namespace) -> None:
             options.quant, options.grade = method, grade
             with open_model(options) as other:
                 rows.append(measure(stored, other, token_ids, window, stride))
-            say(f"{method} {grade}: {rows[-1].loss - rows[0].loss:+.5f} nats per token")
+            say(f"{_label(method, grade)}: {rows[-1].loss - rows[0].loss:+.5f} nats per token")
     tokens = sum(map(len, rows[0].losses))
     table = [_row(row, rows) for row in rows]
     if options.json:
@@ -210,17 +227,25 @@ def compare_main(options: argparse.Namespace) -> None:
         print(json.dumps({**about, "dtype": options.dtype, "rows": table, "machine": describe_machine()}, indent=1))
     else:
         print(_markdown(table))
+    if pyplot is not None:
+        plot_comparison(pyplot, table, options.plot)
 
 
-def _has_grade(method: str, grade: str) -> bool:
-    return grade != "4over6" or method not in FP4_METHODS or FP4_METHODS[method].format == "nvfp4"
+def _methods_and_grades(options: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
+    """Each method with the grades it has: fp8 has none, and 4over6 is defined for NVFP4 weights."""
+    for method in options.methods:
+        rule = FP4_METHODS.get(method)
+        if rule is None:
+            yield method, None
+            continue
+        yield from ((method, grade) for grade in options.grades if grade != "4over6" or rule.format == "nvfp4")
 
 
 def _row(row: Measured, rows: Sequence[Measured]) -> dict[str, Any]:
     share = recovered(row, rows[1], rows[0])
     return {
         "method": row.quant.method,
-        "grade": row.quant.grade if row.quant.method in FP4_METHODS else None,
+        "grade": row.quant.grade,
         "bits_per_weight": bits_per_weight(row.quant),
         "perplexity": round(math.exp(row.loss), 4),
         "added_nats": round(row.loss - rows[0].loss, 6),
@@ -231,17 +256,95 @@ def _row(row: Measured, rows: Sequence[Measured]) -> dict[str, Any]:
 
 
 def _markdown(table: Sequence[dict[str, Any]]) -> str:
-    lines = ["| method | grade | bits | perplexity | nats added | KL | same top-1 | gap recovered (95 %) |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    columns = ["method", "grade", "bits", "perplexity", "nats added", "KL", "same top-1", "gap recovered (95 %)"]
+    lines = []
     for row in table:
         share = row["recovered"]
-        shown = "" if share is None else f"{share[0]:.0%} ({share[1]:.0%} … {share[2]:.0%})"
         lines.append(
-            f"| {row['method']} | {row['grade'] or ''} | {row['bits_per_weight'] or 'as stored'} "
-            f"| {row['perplexity']:.3f} | {row['added_nats']:+.4f} | {row['divergence']:.4f} "
-            f"| {row['top1_agreement']:.2%} | {shown} |"
+            [
+                row["method"],
+                row["grade"],
+                row["bits_per_weight"] or "as stored",
+                f"{row['perplexity']:.3f}",
+                f"{row['added_nats']:+.4f}",
+                f"{row['divergence']:.4f}",
+                f"{row['top1_agreement']:.2%}",
+                None if share is None else f"{share[0]:.0%} ({share[1]:.0%} … {share[2]:.0%})",
+            ]
         )
-    return "\n".join(lines)
+    return as_markdown(columns, lines)
+
+
+def plot_comparison(pyplot: Any, table: Sequence[dict[str, Any]], path: Path) -> None:
+    """Perplexity over bits per weight, the model as stored as a line; beside it, in the same colours, the shares."""
+    stored, *rows = table
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 2 + 0.3 * len(rows)), layout="constrained")
+    left.axhline(stored["perplexity"], linestyle="--", color="gray", label="as stored")
+    for place, (row, color) in enumerate(zip(rows, distinct_colors(pyplot, len(rows)), strict=True)):
+        left.plot(row["bits_per_weight"], row["perplexity"], "o", color=color)
+        if row["recovered"] is not None:
+            share, low, high = row["recovered"]
+            spread = [[max(0, share - low)], [max(0, high - share)]]
+            right.errorbar(share, place, xerr=spread, fmt="o", capsize=3, color=color)
+    left.set(xlabel="bits per weight", ylabel="perplexity")
+    left.legend()
+    right.set_yticks(range(len(rows)), [_label(row["method"], row["grade"]) for row in rows])
+    right.invert_yaxis()
+    right.set(xlabel="share of NVFP4's added loss won back, 95 % interval")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _label(method: str, grade: str | None) -> str:
+    return f"{method} {grade}" if grade else method
+
+
+def layers_main(options: argparse.Namespace) -> None:
+    """Print errors by kind and by depth for every method and grade; all layers' errors as JSON."""
+    text, name = _text_of(options)
+    path = Path(locate(options.model, revision=options.revision).path)
+    config_json = read_json(path / "config.json", ConfigError)
+    config = read_config(config_json, path / "config.json")
+    if read_quantization(config_json, path) is not None:
+        raise InvalidArgument(f"{options.model} is quantised already; errors are measured against the original model")
+    ops = select_backend(options.device, options.threads)
+    token_ids = Tokenizer.from_directory(path).encode(text)[: options.max_tokens]
+    window = options.window or min(DEFAULT_WINDOW, config.max_position_embeddings)
+    texts = [token_ids[begin:end] for begin, _, end in windows(len(token_ids), window, options.stride or window)]
+    found: list[tuple[QuantConfig, dict[str, LayerError]]] = []
+    for method, grade in _methods_and_grades(options):
+        quant = resolve(
+            QuantConfig(method, grade, options.quant_fallback, options.sharq_scale, options.sharq_compat), None
+        )
+        dtype = activation_dtype(options.dtype, config.dtype)
+        found.append((quant, layer_errors(path, config, ops, dtype, quant, texts)))
+        say(f"{_label(method, grade)}: done")
+    if options.json:
+        about = {"model": options.model, "text": name, "window": window, "tokens": sum(map(len, texts))}
+        rows = [row for quant, errors in found for row in _layer_rows(quant, errors)]
+        print(json.dumps({**about, "dtype": options.dtype, "rows": rows, "machine": describe_machine()}, indent=1))
+    else:
+        print(_layer_tables(found))
+
+
+def _layer_rows(quant: QuantConfig, errors: dict[str, LayerError]) -> Iterator[dict[str, Any]]:
+    for module, error in errors.items():
+        kind, depth = kind_and_depth(module)
+        about = {"method": quant.method, "grade": quant.grade, "layer": module, "kind": kind, "depth": depth}
+        yield {**about, "error": round(error.relative, 6)}
+
+
+def _layer_tables(found: Sequence[tuple[QuantConfig, dict[str, LayerError]]]) -> str:
+    """Errors by kind of layer, a line per method; and by depth, a column per method."""
+    kinds = [pooled(errors, "kind") for _, errors in found]
+    by_kind = [
+        [quant.method, quant.grade, *(f"{error:.2%}" for error in own.values())]
+        for (quant, _), own in zip(found, kinds, strict=True)
+    ]
+    depths = [pooled(errors, "depth") for _, errors in found]
+    by_depth = [[depth, *(f"{own[depth]:.2%}" for own in depths)] for depth in depths[0]]
+    names = [_label(quant.method, quant.grade) for quant, _ in found]
+    return f"{as_markdown(['method', 'grade', *kinds[0]], by_kind)}\n\n{as_markdown(['layer', *names], by_depth)}"
 
 
 if __name__ == "__main__":

@@ -69,18 +69,28 @@ def load_model(
         stored = None if isinstance(weights, Checkpoint) else weights.storages()
         context = Context(ops, workspace, dtype, LayerMethods(quant, ops, workspace, stored))
         model = Decoder(config, context)
-        parameters = {parameter.name: parameter for parameter in model.parameters()}
-
-        def consume(name: str, tensor: Weight) -> None:
-            if isinstance(tensor, np.ndarray) and not ops.all_finite(tensor):
-                raise NumericalError(f"{directory}: tensor {name} contains NaN or infinite values")
-            for used in parameters[name].fill(tensor):
-                weights.release(used)
-
-        shapes = {name: parameter.shape for name, parameter in parameters.items()}
         with progress("loading") as update:
-            fill(shapes, weights, consume, ignore=model.redundant_tensors, ties=model.tied_tensors, progress=update)
+            fill_model(model, weights, ops, update)
     return Loaded(model, _described(quant, origin))
+
+
+def fill_model(
+    model: Decoder,
+    weights: Checkpoint | LogicalCheckpoint | CachedWeights,
+    ops: Ops,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Every parameter of the model, exactly once and finite. Raises WeightsError and NumericalError."""
+    parameters = {parameter.name: parameter for parameter in model.parameters()}
+
+    def consume(name: str, tensor: Weight) -> None:
+        if isinstance(tensor, np.ndarray) and not ops.all_finite(tensor):
+            raise NumericalError(f"{weights.directory}: tensor {name} contains NaN or infinite values")
+        for used in parameters[name].fill(tensor):
+            weights.release(used)
+
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    fill(shapes, weights, consume, ignore=model.redundant_tensors, ties=model.tied_tensors, progress=progress)
 
 
 def _open(

@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from engine.bench.machine import describe_machine
-from engine.bench.report import Row, add_output_options, as_markdown, load_pyplot, write_report
+from engine.bench.report import Row, add_output_options, as_markdown, distinct_colors, load_pyplot, write_report
 from engine.bench.shapes import SHAPES, any_config, fused_linears
 from engine.bench.synthetic import random_weight
 from engine.bench.timing import BenchDevice, Call, bench_device, copies_for, interleaved, read_bandwidth
@@ -166,7 +166,7 @@ def measure(product: Product, methods: Mapping[str, LinearMethod], setup: Setup)
 
 
 def _weights(product: Product, name: str, method: LinearMethod, device: BenchDevice) -> list[Any]:
-    source = random_weight(name, product.N, product.K)
+    source = random_weight(name, product.N, product.K, device.ops)
     copies = copies_for(product.weight_bytes(name), device.rotation_bytes)
     return [method.pack([source]) for _ in range(copies)]
 
@@ -259,15 +259,19 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def plot(pyplot: Any, report: Mapping[str, Any], path: Path) -> None:
-    """Times over M, a panel per matrix, a line per method; dashed: bf16's weights at the ceiling."""
+    """Times over M, a panel per matrix, a line per method."""
     groups = _grouped(report["rows"])
+    names = list(dict.fromkeys(row["method"] for row in report["rows"]))
+    colors = dict(zip(names, distinct_colors(pyplot, len(names)), strict=True))
     figure, panels = pyplot.subplots(1, len(groups), figsize=(4 * len(groups), 4), squeeze=False, layout="constrained")
     for ((model, layer), rows), panel in zip(groups.items(), panels[0], strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
-            own = [row for row in rows if row["method"] == method]
-            panel.plot([row["M"] for row in own], [row["microseconds"] for row in own], marker=".", label=method)
-        panel.set(title=f"{model} {layer}", xlabel="M", xscale="log", yscale="log", ylabel="µs")
-        panel.set_xscale("log", base=2)
+        Ms = list(dict.fromkeys(row["M"] for row in rows))
+        for name in dict.fromkeys(row["method"] for row in rows):
+            times = [row["microseconds"] for row in rows if row["method"] == name]
+            panel.plot(Ms, times, marker=".", label=name, color=colors[name])
+        panel.set(title=f"{model} {layer}", xlabel="M", ylabel="µs", xscale="log", yscale="log")
+        panel.set_xticks(Ms, list(map(str, Ms)))
+        panel.set_xticks([], minor=True)
     panels[0][0].legend()
     figure.suptitle(f"{report['kernel_path']}, memory read at {report['read_gb_per_s']} GB/s")
     figure.savefig(path)

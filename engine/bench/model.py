@@ -159,7 +159,8 @@ def _load(options: argparse.Namespace, ops: Ops) -> Model:
         path = Path(locate(options.model).path)
         config_json = read_json(path / "config.json", ConfigError)
         config, scheme = read_config(config_json, path / "config.json"), read_quantization(config_json, path)
-        quant, dtype = resolve(asked, scheme), activation_dtype("auto", config.dtype)
+        quant = resolve(asked, scheme, tied_head=config.tie_word_embeddings)
+        dtype = activation_dtype("auto", config.dtype)
         bar = partial(progress_bar, shown=True)
         decoder = load_model(config, path, ops, dtype, quant, scheme, cache=False, progress=bar).model
     return Model(decoder, quant, dtype, _embedding_bytes(config, quant), time.perf_counter() - start)

@@ -66,3 +66,8 @@ def load_pyplot(path: Path | None) -> Any:
         raise InvalidArgument(f"--plot {path}: there is no directory {path.absolute().parent}")
     matplotlib.use("agg")
     return pyplot
+
+
+def distinct_colors(pyplot: Any, count: int) -> list[Any]:
+    """As many colours as needed; the default cycle repeats after ten."""
+    return [pyplot.get_cmap("turbo")((i + 0.5) / count) for i in range(count)]

@@ -49,7 +49,7 @@ def random_decoder(config: ModelConfig, ops: Ops, dtype: np.dtype[Any], quant: Q
     return model
 
 
-def random_weight(method: str, N: int, K: int) -> Weight:
+def random_weight(method: str, N: int, K: int, ops: Ops) -> Weight:
     """A weight [N, K] as a quantised checkpoint of this method would hold it; bf16 for "bf16". K must fit."""
     w = _matrix(min(N, _ROWS), K)
     if method == AS_STORED:
