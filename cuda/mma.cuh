@@ -1,8 +1,8 @@
 // The only CUDA file with inline PTX: one typed wrapper per instruction. Emulated instruction by instruction from these
 // very strings (cuda/emulate/ptx.h); fragment layouts are those of the PTX ISA, restated in cuda/emulate/ptx_mma.h.
 //
-// Vocabulary: lane l, g = l >> 2, q = l & 3. Shared-memory addresses are 32-bit (shared_address). A wrapper that needs a
-// newer architecture than the one being compiled for does not exist there, so using it is a compile error; kernels
+// Vocabulary: lane l, g = l >> 2, q = l & 3. Shared-memory addresses are 32-bit (shared_address). A wrapper that needs
+// a newer architecture than the one being compiled for does not exist there, so using it is a compile error; kernels
 // choose with the macros below. On nvcc's host pass everything exists and nothing is compiled.
 //
 //     PTX_ARCH >= 89    this architecture or newer (of __CUDA_ARCH__ / 10)
@@ -40,14 +40,14 @@ typedef unsigned long long uint64_t;
 
 namespace ptx {
 
-// --- Addresses --------------------------------------------------------------------------------------------------------
+// --- Addresses -------------------------------------------------------------------------------------------------------
 
 // The 32-bit shared-window address that ldmatrix, cp.async and mbarriers take.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// --- Loads of data read once (sm_80): past L1, and with a policy for L2 --------------------------------------------------
+// --- Loads of data read once (sm_80): past L1, and with a policy for L2 ----------------------------------------------
 // The memory must not be written while the kernel runs. Aligned to the size.
 
 __device__ __forceinline__ uint64_t l2_evict_first() {
@@ -80,15 +80,17 @@ __device__ __forceinline__ void prefetch_l2(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" : : "l"(global) : "memory");
 }
 
-// --- Programmatic dependent launch (sm_90) --------------------------------------------------------------------------------
+// --- Programmatic dependent launch (sm_90) ---------------------------------------------------------------------------
 #if PTX_ARCH >= 90
 // Waits until the grids this one depends on have finished and their writes are visible.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
 // Lets dependent grids start.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" : : : "memory"); }
+__device__ __forceinline__ void launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+}
 #endif
 
-// --- cp.async (sm_80): global to shared without registers ---------------------------------------------------------------
+// --- cp.async (sm_80): global to shared without registers ------------------------------------------------------------
 
 // 16 bytes past L1. Both addresses aligned to 16. `bytes_read` < 16: the rest is zeros, and 0 reads nothing.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
@@ -131,7 +133,7 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" : : : "memory"); }
 
-// --- ldmatrix (sm_75), stmatrix (sm_90): 8 × 8 matrices of 16-bit elements ----------------------------------------------
+// --- ldmatrix (sm_75), stmatrix (sm_90): 8 × 8 matrices of 16-bit elements -------------------------------------------
 // Lane 8 i + j gives the address of row j (16 bytes, aligned to 16) of matrix i; x1 uses lanes 0-7, x2 0-15. Register i
 // of lane l holds elements (g, 2 q), (g, 2 q + 1) of matrix i; with _trans, elements (2 q, g), (2 q + 1, g).
 
@@ -187,7 +189,7 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t row, const uint32_t (
 }
 #endif
 
-// --- mma (sm_80): c += A B, A 16 × k row-major, B k × 8 column-major ------------------------------------------------------
+// --- mma (sm_80): c += A B, A 16 × k row-major, B k × 8 column-major -------------------------------------------------
 // An element of 32/E bits: A register r holds row g + 8 (r & 1), k = E q + i + 4 E (r >> 1), i = 0 … E-1 from the low
 // bits up; B register r column g, k = E q + i + 4 E r; C register r row g + 8 (r >> 1), column 2 q + (r & 1).
 // So an ldmatrix_x4 of row-major A gives its registers when lanes 0-7, 8-15, 16-23, 24-31 point at the quarters
@@ -234,10 +236,10 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// --- mma.sp (sm_80): the same with 2:4 sparse A ---------------------------------------------------------------------------
+// --- mma.sp (sm_80): the same with 2:4 sparse A ----------------------------------------------------------------------
 // k counts B's rows; A's registers hold the kept half, laid out as a dense A of k / 2. Metadata nibble i0 | i1 << 2,
-// i0 < i1, of chunk c of a row: its kept elements 2 c, 2 c + 1 stand at k = 4 c + i0, 4 c + i1. Lane 4 g + j gives, with
-// selector f (0 or 1), for
+// i0 < i1, of chunk c of a row: its kept elements 2 c, 2 c + 1 stand at k = 4 c + i0, 4 c + i1. Lane 4 g + j gives,
+// with selector f (0 or 1), for
 //     m16n8k32, 16 bits   if j = 2 f + h: bits 0-15 row g, bits 16-31 row g + 8, k in [16 h, + 16); else ignored
 //     m16n8k32, s8        if j = 2 f + h: row g + 8 h, all k (derived, check on hardware); else ignored
 //     m16n8k64, s8        row g + 8 (j & 1), k in [32 (j >> 1), + 32)
@@ -283,12 +285,12 @@ __device__ __forceinline__ void mma_sp_m16n8k64_s8(int (&c)[4], const uint32_t (
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata));
 }
 
-// --- Block-scaled FP4 mma (sm_120a) ----------------------------------------------------------------------------------------
+// --- Block-scaled FP4 mma (sm_120a) ----------------------------------------------------------------------------------
 // E2M1 elements, E = 8 per register in the layout above. Scales of A's row m come from lane 4 (m % 8) + 2 thread_a +
 // m / 8, of B's column n from lane 4 n + thread_b. nvfp4: all four bytes (UE4M3), byte j for k in [16 j, + 16), sparse
 // [32 j, + 32). mxfp4: two bytes (UE8M0) from byte_a or byte_b (0 or 2) on, one per 32 k, sparse 64.
-// Sparse: metadata of lane l is row g + 8 (l & 1), k in [64 ((l >> 1) & 1), + 64); nibble c = i0 | i1 << 2 of the c-th 8
-// of them: stored codes 4 c, 4 c + 1 stand at k = 8 c + 2 i0 + {0, 1}, codes 4 c + 2, 4 c + 3 at 8 c + 2 i1 + {0, 1}.
+// Sparse: metadata of lane l is row g + 8 (l & 1), k in [64 ((l >> 1) & 1), + 64); nibble c = i0 | i1 << 2 of the c-th
+// 8 of them: stored codes 4 c, 4 c + 1 stand at k = 8 c + 2 i0 + {0, 1}, codes 4 c + 2, 4 c + 3 at 8 c + 2 i1 + {0, 1}.
 // Its B registers are those of two dense k = 64 tiles, one after the other. Unproven on hardware: thread_a or thread_b
 // other than 0 with sparse nvfp4.
 #if PTX_SM120A
@@ -335,7 +337,7 @@ __device__ __forceinline__ void mma_sp_m16n8k128_mxfp4(float (&c)[4], const uint
           "r"(scales_a), "r"(scales_b), "n"(byte_a), "n"(thread_a), "n"(byte_b), "n"(thread_b));
 }
 
-// --- Conversions of sm_120a -------------------------------------------------------------------------------------------------
+// --- Conversions of sm_120a ------------------------------------------------------------------------------------------
 // Nearest, ties to even, saturating. Eight values to E2M1 codes, x[0] in the lowest nibble.
 __device__ __forceinline__ uint32_t e2m1x8(const float (&x)[8]) {
     uint32_t codes;
@@ -370,7 +372,7 @@ __device__ __forceinline__ uint16_t ue8m0x2(float low, float high) {
 }
 #endif
 
-// --- E4M3 conversions (sm_89): nearest, ties to even, saturating to ±448; `low` in the low byte ------------------------------
+// --- E4M3 conversions (sm_89): nearest, ties to even, saturating to ±448; `low` in the low byte ----------------------
 #if PTX_ARCH >= 89
 __device__ __forceinline__ uint16_t e4m3x2(float low, float high) {
     uint16_t codes;
@@ -382,6 +384,246 @@ __device__ __forceinline__ uint32_t f16x2_of_e4m3(uint16_t codes) {
     uint32_t halves;
     asm volatile("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
     return halves;
+}
+#endif
+
+// --- Named barriers: 16 per block, 0 is __syncthreads's; `threads` a multiple of 32 ----------------------------------
+__device__ __forceinline__ void barrier_sync(uint32_t id, uint32_t threads) {
+    asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
+// Counts as having come, and goes on: producers that need not wait.
+__device__ __forceinline__ void barrier_arrive(uint32_t id, uint32_t threads) {
+    asm volatile("bar.arrive %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
+
+// --- mbarrier, bulk copies (sm_90) -----------------------------------------------------------------------------------
+// A barrier is 8 bytes of shared memory, aligned to 8. A phase ends when `count` arrivals have come and as many bytes
+// have landed as were announced; the next begins at once. Phases are told apart by parity, 0 first.
+#if PTX_ARCH >= 90
+// By one thread; then fence_mbarrier_init and a block barrier before anyone uses it.
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(barrier) : "memory");
+}
+// Arrives and announces bytes that bulk copies will bring.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(barrier), "r"(bytes) : "memory");
+}
+// Waits until the phase of this parity has ended.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+        asm volatile(
+            "{.reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.b32 %0, 1, 0, p;}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    } while (!done);
+}
+// Contiguous bytes from global to shared memory by the copy engine; addresses and size multiples of 16.
+__device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :
+                 : "r"(shared), "l"(global), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+// Makes this thread's writes to shared memory visible to wgmma and bulk copies (then comes a barrier, then they start).
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+#endif
+
+// --- wgmma (sm_90a) --------------------------------------------------------------------------------------------------
+// c (+)= A B for a warpgroup (128 threads, aligned), A 64 × 16, B 16 × N, bf16, fp32 accumulators. `add` false: c = A
+// B. Warp w of the group holds rows 16 w …: accumulator register 4 j + r row 16 w + g + 8 (r >> 1), column 8 j + 2 q +
+// (r & 1). A as registers: mma_m16n8k16's fragment of the warp's rows. A and B in shared memory by descriptor:
+// transpose 0: k contiguous (K-major); 1: rows of A or columns of B contiguous.
+//
+// The order is: wgmma_fence, the products, wgmma_commit, and wgmma_wait<pending groups> before accumulators are read or
+// registers or shared memory they use are written. fence_async_proxy precedes, where threads wrote the shared memory.
+#if PTX_SM90A
+enum class Swizzle { none = 0, bytes_128 = 1, bytes_64 = 2, bytes_32 = 3 };
+
+// Bytes; all multiples of 16. Canonical layouts in units of 16 bytes (8 elements), W units of swizzle:
+//   K-major   none: rows of 8 at 1, groups of 8 rows at stride, the two halves of k at leading
+//             else: rows of 8 at W, groups of 8 rows at stride, the halves of k side by side (leading unused)
+//   MN-major  none: k at 1, 8 k at leading, groups of 8 rows at stride
+//             else: k at W, 8 k at stride, W groups of 8 rows side by side, the next W at leading
+// and swizzled: address bits 4-6 xor bits 7-9, of them log2 W. Tiles start at multiples of 8 · 16 W bytes; within a
+// tile, the start may advance along k by 32 bytes per 16 k (K-major).
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t start, uint32_t leading, uint32_t stride,
+                                                      Swizzle swizzle) {
+    return static_cast<uint64_t>(start >> 4 & 0x3FFF) | static_cast<uint64_t>(leading >> 4 & 0x3FFF) << 16 |
+           static_cast<uint64_t>(stride >> 4 & 0x3FFF) << 32 | static_cast<uint64_t>(swizzle) << 62;
+}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+template <int pending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(pending) : "memory");
+}
+// Moves registers between warpgroups: multiples of 8 from 24 to 240, by all warps of a warpgroup.
+template <int registers>
+__device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(registers));
+}
+template <int registers>
+__device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(registers));
+}
+
+template <int transpose_a = 0, int transpose_b = 0>
+__device__ __forceinline__ void wgmma_m64n64k16_bf16(float (&c)[32], uint64_t a, uint64_t b, bool add) {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "setp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, p, 1, 1, %35, %36;}"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+          "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+          "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+          "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(transpose_a), "n"(transpose_b)
+        : "memory");
+}
+template <int transpose_b = 0>
+__device__ __forceinline__ void wgmma_m64n64k16_bf16(float (&c)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "setp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, p, 1, 1, %38;}"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+          "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+          "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+          "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(transpose_b)
+        : "memory");
+}
+template <int transpose_a = 0, int transpose_b = 0>
+__device__ __forceinline__ void wgmma_m64n128k16_bf16(float (&c)[64], uint64_t a, uint64_t b, bool add) {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "setp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "%64, %65, p, 1, 1, %67, %68;}"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+          "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+          "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+          "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),
+          "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]),
+          "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]),
+          "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),
+          "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(transpose_a), "n"(transpose_b)
+        : "memory");
+}
+template <int transpose_b = 0>
+__device__ __forceinline__ void wgmma_m64n128k16_bf16(float (&c)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "setp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, p, 1, 1, %70;}"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+          "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+          "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+          "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),
+          "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]),
+          "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]),
+          "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),
+          "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(transpose_b)
+        : "memory");
+}
+template <int transpose_a = 0, int transpose_b = 0>
+__device__ __forceinline__ void wgmma_m64n256k16_bf16(float (&c)[128], uint64_t a, uint64_t b, bool add) {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "setp.ne.b32 p, %130, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+        "%128, %129, p, 1, 1, %131, %132;}"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+          "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+          "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+          "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),
+          "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]),
+          "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]),
+          "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),
+          "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63]),
+          "+f"(c[64]), "+f"(c[65]), "+f"(c[66]), "+f"(c[67]), "+f"(c[68]), "+f"(c[69]), "+f"(c[70]), "+f"(c[71]),
+          "+f"(c[72]), "+f"(c[73]), "+f"(c[74]), "+f"(c[75]), "+f"(c[76]), "+f"(c[77]), "+f"(c[78]), "+f"(c[79]),
+          "+f"(c[80]), "+f"(c[81]), "+f"(c[82]), "+f"(c[83]), "+f"(c[84]), "+f"(c[85]), "+f"(c[86]), "+f"(c[87]),
+          "+f"(c[88]), "+f"(c[89]), "+f"(c[90]), "+f"(c[91]), "+f"(c[92]), "+f"(c[93]), "+f"(c[94]), "+f"(c[95]),
+          "+f"(c[96]), "+f"(c[97]), "+f"(c[98]), "+f"(c[99]), "+f"(c[100]), "+f"(c[101]), "+f"(c[102]), "+f"(c[103]),
+          "+f"(c[104]), "+f"(c[105]), "+f"(c[106]), "+f"(c[107]),
+          "+f"(c[108]), "+f"(c[109]), "+f"(c[110]), "+f"(c[111]),
+          "+f"(c[112]), "+f"(c[113]), "+f"(c[114]), "+f"(c[115]),
+          "+f"(c[116]), "+f"(c[117]), "+f"(c[118]), "+f"(c[119]),
+          "+f"(c[120]), "+f"(c[121]), "+f"(c[122]), "+f"(c[123]), "+f"(c[124]), "+f"(c[125]), "+f"(c[126]), "+f"(c[127])
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(transpose_a), "n"(transpose_b)
+        : "memory");
+}
+template <int transpose_b = 0>
+__device__ __forceinline__ void wgmma_m64n256k16_bf16(float (&c)[128], const uint32_t (&a)[4], uint64_t b, bool add) {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "setp.ne.b32 p, %133, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+        "{%128, %129, %130, %131}, %132, p, 1, 1, %134;}"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+          "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+          "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+          "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),
+          "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]),
+          "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]),
+          "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),
+          "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63]),
+          "+f"(c[64]), "+f"(c[65]), "+f"(c[66]), "+f"(c[67]), "+f"(c[68]), "+f"(c[69]), "+f"(c[70]), "+f"(c[71]),
+          "+f"(c[72]), "+f"(c[73]), "+f"(c[74]), "+f"(c[75]), "+f"(c[76]), "+f"(c[77]), "+f"(c[78]), "+f"(c[79]),
+          "+f"(c[80]), "+f"(c[81]), "+f"(c[82]), "+f"(c[83]), "+f"(c[84]), "+f"(c[85]), "+f"(c[86]), "+f"(c[87]),
+          "+f"(c[88]), "+f"(c[89]), "+f"(c[90]), "+f"(c[91]), "+f"(c[92]), "+f"(c[93]), "+f"(c[94]), "+f"(c[95]),
+          "+f"(c[96]), "+f"(c[97]), "+f"(c[98]), "+f"(c[99]), "+f"(c[100]), "+f"(c[101]), "+f"(c[102]), "+f"(c[103]),
+          "+f"(c[104]), "+f"(c[105]), "+f"(c[106]), "+f"(c[107]),
+          "+f"(c[108]), "+f"(c[109]), "+f"(c[110]), "+f"(c[111]),
+          "+f"(c[112]), "+f"(c[113]), "+f"(c[114]), "+f"(c[115]),
+          "+f"(c[116]), "+f"(c[117]), "+f"(c[118]), "+f"(c[119]),
+          "+f"(c[120]), "+f"(c[121]), "+f"(c[122]), "+f"(c[123]), "+f"(c[124]), "+f"(c[125]), "+f"(c[126]), "+f"(c[127])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(transpose_b)
+        : "memory");
 }
 #endif
 

@@ -1,9 +1,9 @@
-// What a rewritten `asm volatile(...)` statement becomes under emulation: a call of the interpreter with the same string.
+// What a rewritten `asm volatile(...)` becomes under emulation: a call of the interpreter with the same string.
 //
 // engine/ops/gpu/ptx_rewrite.py turns
 //     asm volatile("mma… {%0,…}, …;" : "+f"(d[0]), … : "r"(a[0]), … : "memory");
 // into
-//     do { static ::emu::ptx::Instruction emu_asm{"mma… {%0,…}, …;", "+f,…|r,…|memory", "mma.cuh", 12, __CUDA_ARCH__};
+//     do { static ::emu::ptx::Instruction emu_asm{"mma… {%0,…}, …;", "+f,…|r,…|memory", "mma.cuh", 12, …};
 //          emu_asm({::emu::ptx::inout<'f'>(d[0]), …, ::emu::ptx::in<'r'>(a[0]), …}); } while (0);
 // so the strings that ptxas will read are what the tests run. ptx_program.h parses them, ptx_instructions.cpp holds the
 // table of mnemonics and operands (anything not in it is an error that shows the string), and the arithmetic lives in
@@ -11,6 +11,26 @@
 //
 // The instruction must be a constant-initialised static: one per place (and template instantiation), parsed once, which
 // is also how lanes of a warp that meet in different places are told apart.
+//
+// What is modelled, where the PTX ISA describes it, and how far the model is known to be right:
+//     cp.async, commit_group, wait_group, wait_all   "Data Movement and Conversion: cp.async"     sure; hints ignored
+//     ldmatrix, stmatrix                             "Warp-level matrix load / store"             sure
+//     ld.global.nc, createpolicy, prefetch           "ld.global.nc", "createpolicy", "prefetch"   sure; hints ignored
+//     bar.sync, bar.arrive                           "bar"                                        sure
+//     griddepcontrol, fence, setmaxnreg              "griddepcontrol", "membar / fence"           do nothing here
+//     mma bf16, f16, e4m3                            "Matrix Fragments for mma.m16n8k16, k32"     fragments sure;
+//                                                    rounding as third parties measured it, by architecture
+//     mma s8                                         the same                                     sure, exact
+//     mma.sp bf16, f16 k32; s8 k64                   "Matrix Fragments for sparse mma"            metadata as CUTLASS
+//                                                    arranges it; rounding derived
+//     mma.sp s8 k32                                  the same                                     metadata derived
+//     mma … block_scale, dense and sparse            "Block Scaling for mma.sync"                 CuTe's layouts and
+//                                                    third parties' rounding; selectors unseen on hardware
+//     cvt e4m3x2, e2m1x2, ue8m0x2                    "cvt"                                        sure; NaN and the sign
+//                                                    of UE8M0 as CUDA's headers have it
+//     mbarrier, cp.async.bulk                        "mbarrier", "cp.async.bulk"                  sure; bytes land at once
+//     wgmma                                          "Asynchronous Warpgroup Level Matrix"        layouts as CUTLASS has
+//                                                    them; rounding as third parties measured it; runs at issue
 #pragma once
 
 #include <cstdint>

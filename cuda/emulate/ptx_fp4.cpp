@@ -33,7 +33,8 @@ uint32_t scale_byte(uint32_t word, int byte, int index) { return word >> (8 * (b
 
 // The scales of dot 0 … 3 of one row or column.
 void scales_of(const BlockScales& scales, uint32_t word, ScaleSelector from, Scale (&result)[dots]) {
-    for (int i = 0; i < dots; ++i) result[i] = scale_of(scales.type, scale_byte(word, from.byte, i * scales.count / dots));
+    for (int i = 0; i < dots; ++i)
+        result[i] = scale_of(scales.type, scale_byte(word, from.byte, i * scales.count / dots));
 }
 
 struct Addend {

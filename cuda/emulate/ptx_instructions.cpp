@@ -1,5 +1,5 @@
-// The table of instructions: mnemonic, operands, architectures, model. The header of ptx_program.h explains signatures,
-// ptx_table.md's place is here: the comment beside each group names the section of the PTX ISA and how sure the model is.
+// The table of instructions: mnemonic, operands, architectures, model (Entry in ptx_program.h explains signatures). The
+// comment over each group names its section of the PTX ISA and how sure the model is; ptx.h sums that up.
 #include <algorithm>
 #include <cstring>
 
@@ -7,13 +7,14 @@
 #include "ptx_fp4.h"
 #include "ptx_mma.h"
 #include "ptx_program.h"
+#include "ptx_wgmma.h"
 
 namespace emu {
 namespace ptx {
 
 namespace {
 
-// --- Registers of 32 lanes --------------------------------------------------------------------------------------------
+// --- Registers of 32 lanes -------------------------------------------------------------------------------------------
 
 template <int R>
 struct Fragment {
@@ -46,7 +47,7 @@ struct RealFragment {
     }
 };
 
-// --- Shared-memory matrices -------------------------------------------------------------------------------------------
+// --- Shared-memory matrices ------------------------------------------------------------------------------------------
 
 // Row `row` of matrix `matrix`: 16 bytes at the address that lane 8·matrix + row holds in its operand `address`.
 unsigned char* matrix_row(const Warp& warp, int address, int matrix, int row, bool write) {
@@ -88,9 +89,10 @@ void stmatrix(const Warp& warp) {
     }
 }
 
-// --- Asynchronous copies ----------------------------------------------------------------------------------------------
+// --- Asynchronous copies ---------------------------------------------------------------------------------------------
 
-// Operands: shared address, global address, size, then (form 1, 3) the bytes to read of them, then (2, 3) a cache policy.
+// Operands: shared address, global address, size, then (form 1, 3) the bytes to read of them, then (2, 3) a cache
+// policy.
 template <bool source_size>
 void cp_async(Frame& frame) {
     const auto bytes = static_cast<uint32_t>(frame.get(2));
@@ -109,7 +111,7 @@ void cp_async_commit(Frame&) { async_commit(); }
 void cp_async_wait(Frame& frame) { async_wait(frame.word(0), frame.site()); }
 void cp_async_wait_all(Frame& frame) { async_wait_all(frame.site()); }
 
-// --- Loads with cache hints -------------------------------------------------------------------------------------------
+// --- Loads with cache hints ------------------------------------------------------------------------------------------
 
 // Operands: `words` destinations, address.
 template <int words>
@@ -128,7 +130,7 @@ void load(Frame& frame) {
 void create_policy(Frame& frame) { frame.set(0, 0); }  // hints change no result
 void nothing(Frame&) {}
 
-// --- Small instructions that wrappers need beside the main one ----------------------------------------------------------
+// --- Small instructions that wrappers need beside the main one -------------------------------------------------------
 
 void set_not_equal(Frame& frame) { frame.set(0, frame.word(1) != frame.word(2)); }
 void select(Frame& frame) { frame.set(0, frame.get(3) ? frame.word(1) : frame.word(2)); }
@@ -141,7 +143,7 @@ void unpack_bytes(Frame& frame) {
     for (int i = 0; i < 4; ++i) frame.set(i, frame.word(4) >> (8 * i) & 0xFF);
 }
 
-// --- Conversions: the first source to the upper half ---------------------------------------------------------------------
+// --- Conversions: the first source to the upper half -----------------------------------------------------------------
 
 template <uint32_t (*code)(float), int bits>
 void pair_of(Frame& frame) {
@@ -153,7 +155,7 @@ void f16_pair(Frame& frame) {
     frame.set(0, f16(pair >> bits & mask) << 16 | f16(pair & mask));
 }
 
-// --- Matrix products --------------------------------------------------------------------------------------------------
+// --- Matrix products -------------------------------------------------------------------------------------------------
 
 template <Element element>
 void mma_m16n8k16(const Warp& warp) {
@@ -210,7 +212,9 @@ void mma_s8_sparse(const Warp& warp) {
     const Fragment<1> metadata(warp, 8 + 2 * R);
     const int selector = selector_of(warp, 9 + 2 * R, R == 2);
     Picked picked;
-    require_legal(warp, R == 2 ? pick_s8_k32(metadata.single(), selector, picked) : pick_s8_k64(metadata.single(), picked));
+    const bool legal =
+        R == 2 ? pick_s8_k32(metadata.single(), selector, picked) : pick_s8_k64(metadata.single(), picked);
+    require_legal(warp, legal);
     mma_s8(a.word, b.word, &picked, c.word);
     c.store(warp, 0);
 }
@@ -251,6 +255,127 @@ void mma_sp_m16n8k128_fp4(const Warp& warp) {
     require_legal(warp, mma_sp_fp4(a.word, b.word, metadata.single(), block_scales(warp, 18, type, count), c.value));
     c.store(warp, 0);
 }
+
+// --- Barriers --------------------------------------------------------------------------------------------------------
+
+template <bool waits>
+void named_barrier(Frame& frame) {
+    emu::named_barrier(frame.word(0), frame.word(1), waits, frame.site());
+}
+
+Mbarrier& mbarrier_at(Frame& frame, int operand) {
+    const uint32_t offset = frame.word(operand);
+    if (offset % 8) frame.fail("an mbarrier is aligned to 8 bytes");
+    void* pointer = shared_pointer(offset);
+    note_atomic(pointer, 8, lane_id());
+    return *static_cast<Mbarrier*>(pointer);
+}
+
+void mbarrier_init(Frame& frame) {
+    const uint32_t offset = frame.word(0), count = frame.word(1);
+    if (offset % 8) frame.fail("an mbarrier is aligned to 8 bytes");
+    if (count == 0 || count > 0xFFFF) frame.fail("an mbarrier is emulated for 1 to 65535 arrivals");
+    void* pointer = shared_pointer(offset);
+    note_write(pointer, 8, lane_id());
+    const Mbarrier barrier{count, count, 0, 0};
+    std::memcpy(pointer, &barrier, 8);
+}
+
+void arrive(Frame& frame, Mbarrier& barrier, uint32_t bytes) {
+    if (!barrier.pending) frame.fail("more arrivals than the mbarrier expects in this phase");
+    sync_release(&barrier);
+    barrier.bytes += static_cast<int32_t>(bytes);
+    --barrier.pending;
+    barrier.complete_if_done();
+}
+
+// Operands: state (only the sink is emulated), address, bytes.
+template <bool expects_bytes>
+void mbarrier_arrive(Frame& frame) {
+    if (frame.statement->values[0].kind != Value::sink) frame.fail("an mbarrier's state is opaque; use the sink _");
+    arrive(frame, mbarrier_at(frame, 1), expects_bytes ? frame.word(2) : 0);
+}
+
+struct PhaseWait {
+    const Mbarrier* barrier;
+    uint32_t parity;
+};
+
+// Waits for as long as it takes: a false return would only make the kernel try again.
+void mbarrier_try_wait(Frame& frame) {
+    PhaseWait wait{&mbarrier_at(frame, 1), frame.word(2) & 1};
+    const auto done = [](void* state) {
+        const auto* waits = static_cast<const PhaseWait*>(state);
+        return waits->barrier->phase != waits->parity;
+    };
+    if (!done(&wait)) wait_until(done, &wait, frame.site());
+    sync_acquire(wait.barrier);
+    frame.set(0, 1);
+}
+
+// Operands: shared destination, global source, bytes, mbarrier. The bytes move at once.
+void bulk_copy(Frame& frame) {
+    const uint32_t to = frame.word(0), bytes = frame.word(2);
+    const uint64_t from = frame.get(1);
+    if (to % 16 || from % 16 || bytes % 16) frame.fail("cp.async.bulk's addresses and size are multiples of 16 bytes");
+    Mbarrier& barrier = mbarrier_at(frame, 3);
+    void* pointer = shared_pointer(to);
+    const auto* source = reinterpret_cast<const void*>(from);
+    note_read(source, bytes, lane_id());
+    async_write_begin(pointer, bytes, frame.site());
+    std::memcpy(pointer, source, bytes);
+    async_write_end(pointer, bytes);
+    sync_release(&barrier);
+    barrier.bytes -= static_cast<int32_t>(bytes);
+    barrier.complete_if_done();
+}
+
+// --- Warpgroup products ----------------------------------------------------------------------------------------------
+
+const void* read_unit(uint32_t address) {
+    const void* pointer = shared_pointer(address);
+    note_read(pointer, 16, lane_id());
+    return pointer;
+}
+
+MatrixDescriptor descriptor_of(const Warp& warp, int operand) {
+    const uint64_t bits = warp.lane[0]->get(operand);
+    for (const Frame* frame : warp.lane)
+        if (frame->get(operand) != bits) frame->fail("a matrix descriptor is the same in all lanes");
+    const MatrixDescriptor descriptor(bits);
+    if (descriptor.base_offset) warp.lane[0]->fail("a matrix descriptor's base offset is emulated as 0 only");
+    return descriptor;
+}
+
+// Operands: N / 2 accumulators; A as four registers or a descriptor; B's descriptor; scale-d; the signs of A and B,
+// which must be 1; transposition of A (where it is in shared memory) and B.
+template <Element element, int N, bool a_in_registers>
+void wgmma(const Warp& warp) {
+    constexpr int first = N / 2, b_at = first + (a_in_registers ? 4 : 1), scale_d = b_at + 1;
+    const Frame& frame = *warp.lane[0];
+    if (frame.get(scale_d + 1) != 1 || frame.get(scale_d + 2) != 1) frame.fail("wgmma's sign operands must be 1");
+    uint16_t a[16][16], b[N][16];
+    if constexpr (a_in_registers) {
+        unpack_a<2>(Fragment<4>(warp, first).word, a);
+    } else {
+        const auto row = static_cast<int>(16 * (warp_id() % 4));
+        read_matrix(descriptor_of(warp, first), frame.get(scale_d + 3) != 0, row, 16, read_unit, a);
+    }
+    read_matrix(descriptor_of(warp, b_at), frame.get(scale_d + (a_in_registers ? 3 : 4)) != 0, 0, N, read_unit, b);
+    Factors factors;
+    for (int row = 0; row < 16; ++row)
+        for (int k = 0; k < 16; ++k) factors.set_a(row, k, element, a[row][k]);
+    for (int j = 0; j < N / 8; ++j) {
+        for (int column = 0; column < 8; ++column)
+            for (int k = 0; k < 16; ++k) factors.set_b(k, column, element, b[8 * j + column][k]);
+        RealFragment<4> c(warp, 4 * j);
+        if (!frame.get(scale_d)) std::memset(c.value, 0, sizeof c.value);
+        accumulate_fragment(factors, 16, accumulation(warp.arch(), element, 16), c.value);
+        c.store(warp, 4 * j);
+    }
+}
+
+void meet_only(const Warp&) {}
 
 constexpr int any = 9999;
 
@@ -293,6 +418,36 @@ const std::vector<Entry>& instruction_table() {
         // "griddepcontrol": one grid at a time runs here, so there is nothing to wait for.
         {"griddepcontrol.wait", "", nothing, nullptr, 900, any, true},
         {"griddepcontrol.launch_dependents", "", nothing, nullptr, 900, any, true},
+        // "bar": sure. "mbarrier", "cp.async.bulk", "fence", "setmaxnreg": behaviour sure, copies land at once, fences
+        // do nothing (one memory, no proxies), a phase has at most 65535 arrivals.
+        {"bar.sync", "x x", named_barrier<true>, nullptr, 0, any, true},
+        {"bar.arrive", "x x", named_barrier<false>, nullptr, 0, any, true},
+        {"mbarrier.init.shared::cta.b64", "[r] r", mbarrier_init, nullptr, 900, any, true},
+        {"mbarrier.arrive.shared::cta.b64", "=l [r]", mbarrier_arrive<false>, nullptr, 900, any, true},
+        {"mbarrier.arrive.expect_tx.shared::cta.b64", "=l [r] r", mbarrier_arrive<true>, nullptr, 900, any, true},
+        {"mbarrier.try_wait.parity.shared::cta.b64", "=p [r] r", mbarrier_try_wait, nullptr, 900, any, true},
+        {"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", "[r] [l] r [r]", bulk_copy, nullptr, 900,
+         any, true},
+        {"fence.mbarrier_init.release.cluster", "", nothing, nullptr, 900, any, true},
+        {"fence.proxy.async.shared::cta", "", nothing, nullptr, 900, any, true},
+        {"setmaxnreg.inc.sync.aligned.u32", "i", nullptr, meet_only, 900, 909, false},
+        {"setmaxnreg.dec.sync.aligned.u32", "i", nullptr, meet_only, 900, 909, false},
+        // "wgmma": layouts sure, rounding from third-party probes; runs where it is issued (ptx_wgmma.h).
+        {"wgmma.fence.sync.aligned", "", nullptr, meet_only, 900, 909, true},
+        {"wgmma.commit_group.sync.aligned", "", nullptr, meet_only, 900, 909, true},
+        {"wgmma.wait_group.sync.aligned", "i", nullptr, meet_only, 900, 909, true},
+        {"wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", "+f32 l l p i i i i", nullptr,
+         wgmma<Element::bf16, 64, false>, 900, 909, true},
+        {"wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", "+f32 r4 l p i i i", nullptr,
+         wgmma<Element::bf16, 64, true>, 900, 909, true},
+        {"wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "+f64 l l p i i i i", nullptr,
+         wgmma<Element::bf16, 128, false>, 900, 909, true},
+        {"wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "+f64 r4 l p i i i", nullptr,
+         wgmma<Element::bf16, 128, true>, 900, 909, true},
+        {"wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "+f128 l l p i i i i", nullptr,
+         wgmma<Element::bf16, 256, false>, 900, 909, true},
+        {"wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "+f128 r4 l p i i i", nullptr,
+         wgmma<Element::bf16, 256, true>, 900, 909, true},
         // "setp", "selp", "mov": sure.
         {"setp.ne.b32", "=p x x", set_not_equal, nullptr, 0, any, false},
         {"selp.b32", "=r x x p", select, nullptr, 0, any, false},
@@ -311,8 +466,10 @@ const std::vector<Entry>& instruction_table() {
          any, false},
         {"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", "=f4 r4 r2 f4", nullptr, mma_m16n8k32_e4m3, 890, any,
          false},
-        {"mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32", "=r4 r2 r1 r4", nullptr, mma_s8_dense<2, 1>, 800, any, false},
-        {"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "=r4 r4 r2 r4", nullptr, mma_s8_dense<4, 2>, 800, any, false},
+        {"mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32", "=r4 r2 r1 r4", nullptr, mma_s8_dense<2, 1>, 800, any,
+         false},
+        {"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "=r4 r4 r2 r4", nullptr, mma_s8_dense<4, 2>, 800, any,
+         false},
         // "mma.sp": metadata maps as ptx_mma.h says, derived for s8 k32; rounding derived.
         {"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32", "=f4 r4 r4 f4 r i", nullptr,
          mma_sp_m16n8k32<Element::bf16>, 800, any, false},

@@ -130,16 +130,22 @@ void step_with_specials(const Factors& factors, int row, int begin, int end, con
     for (int j = 0; j < 8; ++j) c[j] = found[j] ? decided[j] : c[j];
 }
 
-template <int R>
-void tile_of(const float (&fragment)[32][R], float (&tile)[16][8]) {
+void tile_of(const float (&fragment)[32][4], float (&tile)[16][8]) {
     for (int lane = 0; lane < 32; ++lane)
         for (int r = 0; r < 4; ++r) tile[lane / 4 + 8 * (r >> 1)][2 * (lane & 3) + (r & 1)] = fragment[lane][r];
 }
 
-template <int R>
-void fragment_of(const float (&tile)[16][8], float (&fragment)[32][R]) {
+void fragment_of(const float (&tile)[16][8], float (&fragment)[32][4]) {
     for (int lane = 0; lane < 32; ++lane)
         for (int r = 0; r < 4; ++r) fragment[lane][r] = tile[lane / 4 + 8 * (r >> 1)][2 * (lane & 3) + (r & 1)];
+}
+
+void accumulate_on_fragment(const Factors& factors, int count, const uint8_t (*picked)[Factors::max_k],
+                            Accumulation how, float (&c)[32][4]) {
+    float tile[16][8];
+    tile_of(c, tile);
+    accumulate(factors, count, picked, how, tile);
+    fragment_of(tile, c);
 }
 
 template <int KA, int KB, class Code>
@@ -150,10 +156,7 @@ void mma(Element element, Accumulation how, const Code (&a)[16][KA], const Code 
         for (int k = 0; k < KA; ++k) factors.set_a(row, k, element, a[row][k]);
     for (int column = 0; column < 8; ++column)
         for (int k = 0; k < KB; ++k) factors.set_b(k, column, element, b[column][k]);
-    float tile[16][8];
-    tile_of(c, tile);
-    accumulate(factors, KA, picked, how, tile);
-    fragment_of(tile, c);
+    accumulate_on_fragment(factors, KA, picked, how, c);
 }
 
 // The nibbles of `count` chunks of four k, the first of them chunk `first` of the row.
@@ -225,6 +228,10 @@ void accumulate(const Factors& factors, int count, const uint8_t (*picked)[Facto
             (special ? step_with_specials : step_of_row)(factors, row, begin, begin + how.step,
                                                          picked ? picked[row] : nullptr, how, c[row]);
         }
+}
+
+void accumulate_fragment(const Factors& factors, int count, Accumulation how, float (&c)[32][4]) {
+    accumulate_on_fragment(factors, count, nullptr, how, c);
 }
 
 void mma_16(Element element, int arch, const uint32_t (&a)[32][4], const uint32_t (&b)[32][2], float (&c)[32][4]) {

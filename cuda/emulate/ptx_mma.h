@@ -7,10 +7,10 @@
 //     C/D  row g + 8 (r >> 1), column 2 q + (r & 1)
 // and so for every E: 2 (bf16, f16), 4 (s8, e4m3), 8 (e2m1).
 //
-// Arithmetic of floating-point accumulation (Xie et al., "MMA-Sim", arXiv 2511.10909, bit-exact on their probes of every
-// architecture; PTX itself promises only "at least single precision"): per step of `step` products, the exact products
-// and C are truncated toward zero to a common 2^(top − fraction_bits), top the largest sum of exponents among them (not
-// below −126), summed exactly, and the sum truncated toward zero to fp32. NaN is 0x7FFFFFFF.
+// Arithmetic of floating-point accumulation (Xie et al., "MMA-Sim", arXiv 2511.10909, bit-exact on their probes of
+// every architecture; PTX itself promises only "at least single precision"): per step of `step` products, the exact
+// products and C are truncated toward zero to a common 2^(top − fraction_bits), top the largest sum of exponents among
+// them (not below −126), summed exactly, and the sum truncated toward zero to fp32. NaN is 0x7FFFFFFF.
 #pragma once
 
 #include <cstdint>
@@ -58,16 +58,19 @@ struct Factors {
 void accumulate(const Factors& factors, int count, const uint8_t (*picked)[Factors::max_k], Accumulation how,
                 float (&c)[16][8]);
 
+// The same on a fragment, dense.
+void accumulate_fragment(const Factors& factors, int count, Accumulation how, float (&c)[32][4]);
+
 // All below: d in place of c.
 //
-// Sparse A keeps two of every four k. Metadata nibble i0 | i1 << 2 (i0 < i1) of chunk c: stored elements 2 c, 2 c + 1 of
-// the row belong to k = 4 c + i0, 4 c + i1. Which nibble is whose (lane 4 g + j; selector f):
+// Sparse A keeps two of every four k. Metadata nibble i0 | i1 << 2 (i0 < i1) of chunk c: stored elements 2 c, 2 c + 1
+// of the row belong to k = 4 c + i0, 4 c + i1. Which nibble is whose (lane 4 g + j; selector f):
 //     m16n8k32, 16 bits   lanes j = 2 f + h, h = 0, 1: bits 0-15 row g, bits 16-31 row g + 8, k in [16 h, + 16)
 //     m16n8k32, s8        lanes j = 2 f + h: row g + 8 h, all 32 k
 //     m16n8k64, s8        every lane (f = 0): row g + 8 (j & 1), k in [32 (j >> 1), + 32)
-// The PTX ISA shows these as figures (section "Matrix Fragments for sparse mma"); the first and third are what CUTLASS's
-// reorder_meta arranges for ldmatrix, the second is derived from the third: check it on hardware. Sparse rounding is
-// taken to be the dense step on (stored A, picked B), which is derived too.
+// The PTX ISA shows these as figures (section "Matrix Fragments for sparse mma"); the first and third are what
+// CUTLASS's reorder_meta arranges for ldmatrix, the second is derived from the third: check it on hardware. Sparse
+// rounding is taken to be the dense step on (stored A, picked B), which is derived too.
 
 // k of B for each stored element of A.
 using Picked = uint8_t[16][Factors::max_k];

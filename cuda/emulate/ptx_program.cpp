@@ -238,7 +238,8 @@ class Parser {
         if (word == "_" && slot.writes) return {Value::sink, 0, 0};
         for (size_t i = 0; i < locals_.size(); ++i) {
             if (locals_[i].name != word) continue;
-            if (locals_[i].letter != (slot.letter == 'x' ? 'r' : slot.letter)) fail("'" + word + "' has the wrong type");
+            const char letter = slot.letter == 'x' ? 'r' : slot.letter;
+            if (locals_[i].letter != letter) fail("'" + word + "' has the wrong type");
             if (slot.reads && !locals_[i].written) fail("'" + word + "' is read before it is written");
             return {Value::local, static_cast<uint8_t>(i), offset};
         }
@@ -257,7 +258,8 @@ class Parser {
                                                 : letter == slot.letter;
         if (!right) fail(word + " is \"" + letter + "\" where \"" + slot.letter + "\" belongs");
         if (slot.writes && !constraint.writes) fail("input " + word + " is written");
-        if (slot.reads && !constraint.reads && !constraint.written) fail("output " + word + " is read before it is written");
+        if (slot.reads && !constraint.reads && !constraint.written)
+            fail("output " + word + " is read before it is written");
         constraint.used = true;
         return {Value::operand, static_cast<uint8_t>(index), offset};
     }

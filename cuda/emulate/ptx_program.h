@@ -1,10 +1,10 @@
 // An asm string, parsed: statements with their table entries and operands, checked once.
 //
-// The language is what cuda/mma.cuh needs of PTX: `.reg` declarations, braces as scopes, and instructions whose operands
-// are registers (%N or declared), immediates, vectors {…} and addresses […] or […+offset]. No labels, no guards, no
-// special registers. Everything else is refused with the string, and so are operands of the wrong kind or number,
-// operands never used, outputs never written, "=" operands read before they are written, and memory instructions
-// without a "memory" clobber.
+// The language is what cuda/mma.cuh needs of PTX: `.reg` declarations, braces as scopes, and instructions whose
+// operands are registers (%N or declared), immediates, vectors {…} and addresses […] or […+offset]. No labels, no
+// guards, no special registers. Everything else is refused with the string, and so are operands of the wrong kind or
+// number, operands never used, outputs never written, "=" operands read before they are written, and memory
+// instructions without a "memory" clobber.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +29,8 @@ struct Warp;
 
 // One form of one instruction. Signature: operands separated by spaces, in order; letters as in asm constraints
 // (h r l f), b a declared 8-bit register, p a predicate, i an immediate, x a 32-bit register or an immediate; "=" a
-// destination (which may be the sink "_"), "+" one that is read too; a number after it: a vector of that many; brackets:
-// an address (l global, r shared).
+// destination (which may be the sink "_"), "+" one that is read too; a number after it: a vector of that many;
+// brackets: an address (l global, r shared).
 struct Entry {
     const char* mnemonic;
     const char* signature;
