@@ -50,5 +50,9 @@ class NumericalError(EngineError):
     """NaN or infinity where finite numbers are required (weights, activations or logits)."""
 
 
+class KernelFault(EngineError):
+    """A CUDA kernel did wrong while it was emulated or checked: a data race, an access out of bounds, a deadlock."""
+
+
 class EngineClosed(EngineError):
     """The engine was closed while or before the request ran."""

@@ -38,6 +38,7 @@ const char* verb(Access kind) {
 
 void Checker::begin_launch(const Launch& launch) {
     image_ = image_of(launch.module);
+    runtime_ = image_of(this);
     shared_nodes_.assign(1, {});
     global_nodes_.assign(1, {});
     shared_free_ = global_free_ = 0;
@@ -105,7 +106,7 @@ void Checker::unmap_history(History& history) {
 void Checker::access(const void* pointer, size_t bytes, Access kind, unsigned thread, const void* pc, const Site* site) {
     if (watchdog_expired) report_time_limit();
     auto* at = static_cast<const std::byte*>(pointer);
-    if (block.stacks().contains(at)) return;
+    if (block.stacks().contains(at) || runtime_.contains(at)) return;  // its own variables, threadIdx
     if (shared_memory.contains(at)) {
         access_shared({at, bytes, kind, thread, place_of(pc, site)});
     } else if (!image_.contains(at)) {

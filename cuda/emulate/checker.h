@@ -121,7 +121,8 @@ private:
     std::vector<Global> globals_;   // by address
     Global* last_global_ = nullptr;
     std::vector<Site> sites_;
-    Image image_;  // the kernels' module: its constants and __device__ tables may be read
+    Image image_;    // the kernels' module: its constants and __device__ tables are not checked
+    Image runtime_;  // this library
 };
 
 #else

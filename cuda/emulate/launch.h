@@ -108,6 +108,10 @@ constexpr KernelEntry entry_of(const char* name, uint32_t max_threads, void (*)(
     return {name, call_kernel<kernel, A...>, Signature<A...>::types, sizeof...(A), max_threads};
 }
 
+/// __launch_bounds__(threads, …)
+template <class... Rest>
+constexpr uint32_t first_of(uint32_t max_threads, Rest...) { return max_threads; }
+
 template <auto kernel>
 constexpr KernelEntry entry(const char* name, uint32_t max_threads = 0) {
     return entry_of<kernel>(name, max_threads, kernel);

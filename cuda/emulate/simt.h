@@ -20,6 +20,7 @@
 #include <cuda_fp8.h>
 
 #include "launch.h"
+#include "ptx.h"
 #include "warp.h"
 
 #include "intrinsics.h"

@@ -1,0 +1,10 @@
+"""The CUDA side's Python: finding the kernels' sources, compiling and launching them.
+
+    sources.py      where cuda/ is, where CUDA's own headers are, what a .cu file includes
+    ptx_rewrite.py  inline assembly as calls of the emulator's PTX interpreter
+    host_build.py   a .cu file as a shared library for the CPU, cached on disk
+    elf.py          the thread-local symbols of such a library: its __shared__ arrays
+    emulator.py     EmulatedModule: launching such a library's kernels on NumPy arrays
+
+What runs the kernels on the CPU is C++: cuda/emulate/README.md.
+"""
