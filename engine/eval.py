@@ -209,7 +209,7 @@ def compare_main(options: argparse.Namespace) -> None:
     pyplot = load_pyplot(options.plot)
     text, name = _text_of(options)
     reference: tuple[str, str | None] = ("nvfp4", "rtn")  # what shares are measured against
-    wanted = [reference, *(pair for pair in _methods_and_grades(options) if pair != reference)]
+    wanted = [reference, *(pair for pair in methods_and_grades(options) if pair != reference)]
     options.quant = "bf16"
     with open_model(options) as stored:
         token_ids = stored.encode(text)[: options.max_tokens]
@@ -231,7 +231,7 @@ def compare_main(options: argparse.Namespace) -> None:
         plot_comparison(pyplot, table, options.plot)
 
 
-def _methods_and_grades(options: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
+def methods_and_grades(options: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
     """Each method with the grades it has: fp8 has none, and 4over6 is defined for NVFP4 weights."""
     for method in options.methods:
         rule = FP4_METHODS.get(method)
@@ -312,7 +312,7 @@ def layers_main(options: argparse.Namespace) -> None:
     window = options.window or min(DEFAULT_WINDOW, config.max_position_embeddings)
     texts = [token_ids[begin:end] for begin, _, end in windows(len(token_ids), window, options.stride or window)]
     found: list[tuple[QuantConfig, dict[str, LayerError]]] = []
-    for method, grade in _methods_and_grades(options):
+    for method, grade in methods_and_grades(options):
         quant = resolve(
             QuantConfig(method, grade, options.quant_fallback, options.sharq_scale, options.sharq_compat), None
         )

@@ -16,7 +16,7 @@ from tiny_models import write_model
 
 from engine import LLM, SamplingParams
 from engine.errors import InvalidArgument
-from engine.eval import negative_log_likelihood, read_text, token_losses, windows
+from engine.eval import negative_log_likelihood, plot_comparison, read_text, token_losses, windows
 from engine.weights.locate import DEMO_DIRECTORY
 
 
@@ -86,3 +86,11 @@ def test_the_bundled_model_predicts_its_held_out_text(tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert report["tokens"] > 5_000
     assert 5 < report["perplexity"] < 60
+
+
+def test_a_comparison_is_drawn(tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    row = {"method": "bf16", "grade": None, "bits_per_weight": None, "perplexity": 10.0, "recovered": [1, 1, 1]}
+    other = {**row, "method": "sharq", "grade": "rtn", "bits_per_weight": 4.25, "perplexity": 10.2}
+    plot_comparison(pyplot, [row, other | {"recovered": [0.5, 0.4, 0.7]}, other | {"recovered": None}], tmp_path / "p")
+    assert (tmp_path / "p").read_bytes().startswith(b"\x89PNG")

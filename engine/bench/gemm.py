@@ -98,11 +98,11 @@ def main(options: argparse.Namespace) -> None:
     rows: list[Row] = []
     skipped: list[str] = []
     for product in products:
-        fitting, reasons = _fitting(product, quants, device)
+        methods, reasons = fitting(product, quants, device)
         for reason in reasons:
             skipped.append(f"{product.model} {product.layer}: {reason}")
             say(f"skipped: {skipped[-1]}")
-        rows += measure(product, fitting, setup)
+        rows += measure(product, methods, setup)
     report = {
         "what": "matrix products of a decode step: medians over interleaved rounds",
         "kernel_path": device.ops.kernel_path,
@@ -124,7 +124,7 @@ def _products(models: Sequence[str], layers: Sequence[str]) -> Iterator[Product]
                 yield Product(Path(model).name, layer, N, K)
 
 
-def _fitting(
+def fitting(
     product: Product, quants: Mapping[str, QuantConfig], device: BenchDevice
 ) -> tuple[dict[str, LinearMethod], list[str]]:
     """The methods that can run this product, and why others cannot; none where memory does not suffice for all."""

@@ -206,7 +206,7 @@ def _one_by_one(sequence: OneSequence, tokens: list[int], begin: int, end: int) 
 
 def _row(test: Test, rates: list[float], model: Model, bandwidth: float) -> Row:
     mean = statistics.fmean(rates)
-    read = None if test.kind == "pp" else mean * (model.decoder.weight_bytes + _cache_read(test, model))
+    read = None if test.kind == "pp" else mean * bytes_per_token(test, model)
     return {
         "test": test.name,
         "tokens_per_s": round(mean, 2),
@@ -217,11 +217,11 @@ def _row(test: Test, rates: list[float], model: Model, bandwidth: float) -> Row:
     }
 
 
-def _cache_read(test: Test, model: Model) -> float:
-    """Bytes of K and V that a generated token reads, on average over the test; windows aside."""
+def bytes_per_token(test: Test, model: Model) -> float:
+    """What a generated token must read, on average over the test: all weights, K and V so far (windows aside)."""
     config = model.decoder.config
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
-    return per_token * (test.depth + (test.count + 1) / 2)
+    return model.decoder.weight_bytes + per_token * (test.depth + (test.count + 1) / 2)
 
 
 def as_table(report: dict[str, Any]) -> str:
