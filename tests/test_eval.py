@@ -92,5 +92,7 @@ def test_a_comparison_is_drawn(tmp_path: Path) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     row = {"method": "bf16", "grade": None, "bits_per_weight": None, "perplexity": 10.0, "recovered": [1, 1, 1]}
     other = {**row, "method": "sharq", "grade": "rtn", "bits_per_weight": 4.25, "perplexity": 10.2}
-    plot_comparison(pyplot, [row, other | {"recovered": [0.5, 0.4, 0.7]}, other | {"recovered": None}], tmp_path / "p")
-    assert (tmp_path / "p").read_bytes().startswith(b"\x89PNG")
+    plot_comparison(
+        pyplot, [row, other | {"recovered": [0.5, 0.4, 0.7]}, other | {"recovered": None}], tmp_path / "p.png"
+    )
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
