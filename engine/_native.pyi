@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.fp4_types import Fp4Matrix, SharqOperand
+from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array
 
 kv_block_size: int
@@ -33,6 +34,15 @@ class PackedFp4:
     def format(self) -> str: ...
     @property
     def block(self) -> int: ...
+    @property
+    def N(self) -> int: ...
+    @property
+    def K(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+@final
+class PackedFp8:
     @property
     def N(self) -> int: ...
     @property
@@ -109,6 +119,28 @@ class Backend:
     ) -> None: ...
     def w4a16_linear(
         self, x: Array, weight: PackedFp4, out: Array, bias: NDArray[np.float32] | None, residual: Array | None
+    ) -> None: ...
+    def prepare_fp8(
+        self,
+        x: Array,
+        norm_weight: NDArray[np.float32] | None,
+        eps: float,
+        silu: bool,
+        codes: NDArray[np.uint8],
+        scale: NDArray[np.float32],
+    ) -> None: ...
+    def pack_fp8(self, shards: Sequence[Fp8Matrix]) -> PackedFp8: ...
+    def fp8_linear(
+        self,
+        codes: NDArray[np.uint8],
+        scale: NDArray[np.float32],
+        weight: PackedFp8,
+        out: Array,
+        bias: NDArray[np.float32] | None,
+        residual: Array | None,
+    ) -> None: ...
+    def w8a16_linear(
+        self, x: Array, weight: PackedFp8, out: Array, bias: NDArray[np.float32] | None, residual: Array | None
     ) -> None: ...
     def all_finite(self, array: Array) -> bool: ...
     def embed(self, table: Array, token_ids: NDArray[np.int32], out: Array) -> None: ...

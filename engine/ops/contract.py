@@ -193,7 +193,8 @@ class Ops(Protocol):
 
     def pack_fp8(self, shards: Sequence[Fp8Matrix]) -> PackedFp8:
         """Lay [N_i, K] shards out for `fp8_linear`. Their scales may be shared by any number of rows, but along k by as
-        many in all of them."""
+        many in all of them. Raises NumericalError (NaN codes) and InvalidArgument.
+        """
 
     def fp8_linear(
         self,

@@ -348,6 +348,8 @@ class ReferenceOps:
                     f"and {shard.K} by {shard.tile[1]}"
                 )
         codes = np.concatenate([shard.payload for shard in shards])
+        if ((codes & 0x7F) == 0x7F).any():
+            raise NumericalError("the weight holds NaN, which FP8 weights must not")
         return ReferenceFp8Weight(codes, np.concatenate([fp8.row_scales(shard) for shard in shards]), step)
 
     @np.errstate(over="ignore", invalid="ignore")

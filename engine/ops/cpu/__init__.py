@@ -10,11 +10,14 @@ The C++ beside it, in reading order:
     weight_tiles.h  packed_weight.*  slabs.*   weights re-laid in tiles of 32 columns, and the memory they lie in
     kv_cache.*                the paged cache in tiles of 16 tokens
     fp32_math.h               arithmetic that `engine.ops.reference` fixes to the last bit
+    micro_kernels.h           the inner loops of products, shared by linear.cpp and fp8_linear.cpp
     linear.cpp  rows.cpp …    the kernels, one operation or family per file
+    product_args.h  operand_rows.h  product_epilogue.h   how quantised products begin and end
     fp4_tiles.h  packed_fp4.*  fp4_args.h      FP4 weights in tiles; operands
     prepare_fp4.cpp  fp4_quantize.h  fp4_lanes.h   activations into FP4, bit for bit `engine.ops.fp4`
     quantize_weight.cpp       weights into FP4, bit for bit `engine.ops.fp4.grades`
-    fp4_linear.cpp  w4a16_linear.cpp  fp4_dot.h  fp4_epilogue.h   products with FP4 weights
+    fp4_linear.cpp  w4a16_linear.cpp  fp4_dot.h    products with FP4 weights
+    fp8_tiles.h  packed_fp8.*  prepare_fp8.cpp  fp8_linear.cpp   the same in FP8, bit for bit `engine.ops.fp8`
     attention_plan.*          how attention is shared out among threads
     bindings.*  bind_*.cpp    argument checks and the Python interface
 
@@ -30,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import _native
-from engine._native import KVCache, PackedFp4, PackedWeight, PreparedOperand
+from engine._native import KVCache, PackedFp4, PackedFp8, PackedWeight, PreparedOperand
 from engine.core import Batch
 from engine.fp4_types import Format, Fp4Matrix, SharqOperand
 from engine.fp8_types import Fp8Matrix, Fp8Operand
@@ -38,7 +41,6 @@ from engine.ops.contract import Array, Norm
 from engine.ops.cpu.threads import default_threads
 from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
-from engine.ops.reference import ReferenceFp8Weight, ReferenceOps
 
 _ALIGNMENT = 64  # bytes: a cache line, an AVX-512 register
 
@@ -158,32 +160,38 @@ class CpuOps:
         return out
 
     def prepare_fp8(self, x: Array, *, norm: Norm | None = None, silu: bool = False) -> Fp8Operand:
-        return ReferenceOps().prepare_fp8(x, norm=norm, silu=silu)  # FP8 in NumPy until its kernels are in
+        T, K = x.shape[0], x.shape[1] // (2 if silu else 1)
+        operand = Fp8Operand(np.empty((T, K), np.uint8), np.empty(T, np.float32))
+        weight, eps = norm or (None, 0.0)
+        self._native.prepare_fp8(x, weight, eps, silu, operand.codes, operand.scale)
+        return operand
 
-    def pack_fp8(self, shards: Sequence[Fp8Matrix]) -> ReferenceFp8Weight:
-        return ReferenceOps().pack_fp8(shards)
+    def pack_fp8(self, shards: Sequence[Fp8Matrix]) -> PackedFp8:
+        return self._native.pack_fp8(shards)
 
     def fp8_linear(
         self,
         operand: Fp8Operand,
-        weight: ReferenceFp8Weight,
+        weight: PackedFp8,
         *,
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
     ) -> Array:
-        return ReferenceOps().fp8_linear(operand, weight, out=out, bias=bias, residual=residual)
+        self._native.fp8_linear(operand.codes, operand.scale, weight, out, bias, residual)
+        return out
 
     def w8a16_linear(
         self,
         x: Array,
-        weight: ReferenceFp8Weight,
+        weight: PackedFp8,
         *,
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
     ) -> Array:
-        return ReferenceOps().w8a16_linear(x, weight, out=out, bias=bias, residual=residual)
+        self._native.w8a16_linear(x, weight, out, bias, residual)
+        return out
 
     def embed(self, table: Array, token_ids: NDArray[np.int32], *, out: Array) -> Array:
         self._native.embed(table, token_ids, out)

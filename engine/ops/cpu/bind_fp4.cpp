@@ -19,12 +19,6 @@
 namespace engine {
 namespace {
 
-PyObject* numerical_error = nullptr;
-
-struct NotFinite : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
 constexpr const char* kFormatNames[] = {"nvfp4", "mxfp4", "hif4"};
 
 const char* name_of(Fp4Format format) { return kFormatNames[static_cast<int>(format)]; }
@@ -155,16 +149,11 @@ std::unique_ptr<PreparedOperand> prepare_fp4(Backend& backend, const py::array& 
                                              int paths, bool sparse, const std::optional<py::array>& norm_weight,
                                              float eps, bool silu, float fixed_g) {
     const Fp4Format format = format_of(format_name);
-    const Matrix x = matrix(x_array, "x");
-    if (x.type == DType::f16) reject("x must be float32 or bfloat16, not " + describe(x_array));
-    if (silu && x.columns % 2) reject("gate | up must have an even number of columns, not " + describe(x_array));
-    if (silu && norm_weight) reject("x is either normalised or gated, not both");
-    const int64_t K = silu ? x.columns / 2 : x.columns;
-    check_depth(format, K);
-    PrepareArgs args{x.data, x.type, x.stride, nullptr, eps, silu, fixed_g, {}};
-    if (norm_weight) args.norm_weight = float_vector(*norm_weight, "norm weight", K);
-    auto operand = std::make_unique<PreparedOperand>(shape_of(format, x.rows, K, paths, sparse));
-    args.to = operand->view;
+    const OperandRows rows = operand_rows(x_array, norm_weight, eps, silu);
+    if (rows.x_type == DType::f16) reject("x must be float32 or bfloat16, not " + describe(x_array));
+    check_depth(format, rows.K);
+    auto operand = std::make_unique<PreparedOperand>(shape_of(format, rows.T, rows.K, paths, sparse));
+    const PrepareArgs args{rows, fixed_g, operand->view};
     bool finite;
     {
         const Running running(backend);
@@ -257,24 +246,6 @@ std::unique_ptr<PackedFp4> pack_fp4(Backend& backend, const py::sequence& shards
     return std::make_unique<PackedFp4>(rows, first.K, first.format, first.block[0], backend.weights, backend.pool);
 }
 
-Fp4LinearArgs product_args(const PackedFp4& w, int64_t T, const py::array& out_array,
-                           const std::optional<py::array>& bias, const std::optional<py::array>& residual_array) {
-    const Matrix out = writable_matrix(out_array, "out");
-    require_shape(out, "out", T, w.N);
-    Fp4LinearArgs args{{}, w.data(), w.g(), w.block, w.N, nullptr, nullptr, 0, out.data, out.type, out.stride};
-    if (bias) args.bias = float_vector(*bias, "bias", w.N);
-    if (residual_array) {
-        const Matrix residual = matrix(*residual_array, "residual");
-        require_shape(residual, "residual", T, w.N);
-        if (residual.type != out.type)
-            reject("residual must have out's dtype; out is " + describe(out_array) + ", residual "
-                   + describe(*residual_array));
-        args.residual = residual.data;
-        args.residual_stride = residual.stride;
-    }
-    return args;
-}
-
 void fp4_linear(Backend& backend, const py::object& operand, const PackedFp4& w, const py::array& out,
                 const std::optional<py::array>& bias, const std::optional<py::array>& residual) {
     std::vector<py::array> held;
@@ -285,8 +256,7 @@ void fp4_linear(Backend& backend, const py::object& operand, const PackedFp4& w,
     if (x.K != w.K)
         reject("activations with K = " + std::to_string(x.K) + " do not multiply weights with K = "
                + std::to_string(w.K));
-    Fp4LinearArgs args = product_args(w, x.T, out, bias, residual);
-    args.x = x;
+    const Fp4LinearArgs args{x, w.data(), w.g(), w.block, product_out(out, x.T, w.N, bias, residual)};
     const Running running(backend);
     backend.kernels.fp4_linear(args, backend.pool, backend.scratch);
 }
@@ -295,7 +265,9 @@ void w4a16_linear(Backend& backend, const py::array& x_array, const PackedFp4& w
                   const std::optional<py::array>& bias, const std::optional<py::array>& residual) {
     const Matrix x = matrix(x_array, "x");
     require_shape(x, "x", x.rows, w.K);
-    const W4a16Args args{x.data, x.type, x.stride, x.rows, w.K, w.format, product_args(w, x.rows, out, bias, residual)};
+    const W4a16Args args{x.data,   x.type, x.stride, x.rows,
+                         w.K,      w.format, w.data(), w.g(),
+                         w.block,  product_out(out, x.rows, w.N, bias, residual)};
     const Running running(backend);
     backend.kernels.w4a16_linear(args, backend.pool, backend.scratch);
 }
@@ -328,14 +300,6 @@ py::array g_property(const py::object& self) {
 }  // namespace
 
 void bind_fp4(py::module_& module, BackendClass& backend) {
-    numerical_error = py::object(py::module_::import("engine.errors").attr("NumericalError")).release().ptr();
-    py::register_local_exception_translator([](std::exception_ptr pending) {
-        try {
-            if (pending) std::rethrow_exception(pending);
-        } catch (const NotFinite& error) {
-            PyErr_SetString(numerical_error, error.what());
-        }
-    });
     py::class_<PreparedOperand>(module, "PreparedOperand", "activations in FP4; arrays as in engine/fp4_types.py")
         .def_property_readonly("format", [](const PreparedOperand& a) { return name_of(a.view.format); })
         .def_property_readonly("T", [](const PreparedOperand& a) { return a.view.T; })

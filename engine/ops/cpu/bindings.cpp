@@ -9,7 +9,7 @@ namespace engine {
 namespace {
 
 int float16_type_num = -1, bfloat16_type_num = -1;  // NumPy numbers ml_dtypes' type when it is registered
-PyObject* invalid_argument = nullptr;
+PyObject *invalid_argument = nullptr, *numerical_error = nullptr;
 
 const Kernels& kernels_named(const std::string& isa) {
     std::string known;
@@ -80,6 +80,33 @@ const int32_t* int_vector(const py::array& array, const char* name, int64_t size
     return vector_of<int32_t>(array, name, size, py::dtype::of<int32_t>().normalized_num(), "int32");
 }
 
+OperandRows operand_rows(const py::array& x_array, const std::optional<py::array>& norm_weight, float eps, bool silu) {
+    const Matrix x = matrix(x_array, "x");
+    if (silu && x.columns % 2) reject("gate | up must have an even number of columns, not " + describe(x_array));
+    if (silu && norm_weight) reject("x is either normalised or gated, not both");
+    const int64_t K = silu ? x.columns / 2 : x.columns;
+    const float* weight = norm_weight ? float_vector(*norm_weight, "norm weight", K) : nullptr;
+    return {x.data, x.type, x.stride, x.rows, K, weight, eps, silu};
+}
+
+ProductOut product_out(const py::array& out_array, int64_t T, int64_t N, const std::optional<py::array>& bias,
+                       const std::optional<py::array>& residual_array) {
+    const Matrix out = writable_matrix(out_array, "out");
+    require_shape(out, "out", T, N);
+    ProductOut to{N, nullptr, nullptr, 0, out.data, out.type, out.stride};
+    if (bias) to.bias = float_vector(*bias, "bias", N);
+    if (residual_array) {
+        const Matrix residual = matrix(*residual_array, "residual");
+        require_shape(residual, "residual", T, N);
+        if (residual.type != out.type)
+            reject("residual must have out's dtype; out is " + describe(out_array) + ", residual "
+                   + describe(*residual_array));
+        to.residual = residual.data;
+        to.residual_stride = residual.stride;
+    }
+    return to;
+}
+
 void require_shape(const Matrix& m, const char* name, int64_t rows, int64_t columns) {
     if (m.rows == rows && m.columns == columns) return;
     reject(std::string(name) + " must be [" + std::to_string(rows) + ", " + std::to_string(columns) + "], not ["
@@ -93,12 +120,16 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "C++ kernels of engine.ops.cpu, which is the only module that should import this one";
     float16_type_num = py::dtype("float16").num();
     bfloat16_type_num = py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16")).num();
-    invalid_argument = py::object(py::module_::import("engine.errors").attr("InvalidArgument")).release().ptr();
+    const py::module_ errors = py::module_::import("engine.errors");
+    invalid_argument = py::object(errors.attr("InvalidArgument")).release().ptr();
+    numerical_error = py::object(errors.attr("NumericalError")).release().ptr();
     py::register_local_exception_translator([](std::exception_ptr pending) {
         try {
             if (pending) std::rethrow_exception(pending);
         } catch (const ArgumentError& error) {
             PyErr_SetString(invalid_argument, error.what());
+        } catch (const NotFinite& error) {
+            PyErr_SetString(numerical_error, error.what());
         }
     });
     module.def("isa_names", &isa_names, "instruction sets this CPU can run, best first");
@@ -111,4 +142,5 @@ PYBIND11_MODULE(_native, module) {
     bind_rows(backend);
     bind_attention(module, backend);
     bind_fp4(module, backend);
+    bind_fp8(module, backend);
 }

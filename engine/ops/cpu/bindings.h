@@ -5,6 +5,7 @@
 #pragma once
 
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -12,7 +13,7 @@
 #include <pybind11/pybind11.h>
 
 #include "backend.h"
-#include "dtypes.h"
+#include "product_args.h"
 
 namespace engine {
 
@@ -40,6 +41,17 @@ Matrix writable_matrix(const py::array& array, const char* name);  // and writab
 const float* float_vector(const py::array& array, const char* name, int64_t size);
 const int32_t* int_vector(const py::array& array, const char* name, int64_t size);
 
+// Of an operation that quantises activations; x_array [T, K], or with silu [T, 2K].
+OperandRows operand_rows(const py::array& x_array, const std::optional<py::array>& norm_weight, float eps, bool silu);
+
+// Of a product [T, N]; out of any activation type, residual of the same.
+ProductOut product_out(const py::array& out, int64_t T, int64_t N, const std::optional<py::array>& bias,
+                       const std::optional<py::array>& residual);
+
+struct NotFinite : std::runtime_error {  // which Python sees as engine.errors.NumericalError
+    using std::runtime_error::runtime_error;
+};
+
 [[noreturn]] void reject(const std::string& message);
 void require_shape(const Matrix& m, const char* name, int64_t rows, int64_t columns);
 
@@ -58,5 +70,6 @@ void bind_linear(py::module_& module, BackendClass& backend);
 void bind_rows(BackendClass& backend);
 void bind_attention(py::module_& module, BackendClass& backend);
 void bind_fp4(py::module_& module, BackendClass& backend);
+void bind_fp8(py::module_& module, BackendClass& backend);
 
 }  // namespace engine

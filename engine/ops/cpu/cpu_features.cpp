@@ -46,8 +46,9 @@ bool cpu_has_avx512() {
            && all_bits(cpuid(7, 0).ebx, bit(16) | bit(17) | bit(30) | bit(31));  // F DQ BW VL
 }
 
-bool cpu_has_avx512_bf16() {
-    return cpu_has_avx512() && all_bits(cpuid(7, 0).ecx, bit(11)) && all_bits(cpuid(7, 1).eax, bit(5));  // VNNI, BF16
+bool cpu_has_avx512_bf16() {  // Zen 4, Sapphire Rapids and later; the one older CPU with BF16, Cooper Lake, has no VBMI
+    return cpu_has_avx512() && all_bits(cpuid(7, 0).ecx, bit(1) | bit(11))  // VBMI VNNI
+           && all_bits(cpuid(7, 1).eax, bit(5));                             // BF16
 }
 
 #else

@@ -16,6 +16,9 @@ struct f16 {
 struct bf16 {
     uint16_t bits;
 };
+struct e4m3 {  // see engine/fp8_types.py
+    uint8_t bits;
+};
 
 static inline int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
 

@@ -2,7 +2,7 @@
 // What the bits mean is defined by engine/ops/fp4. Strides are elements from row to row.
 #pragma once
 
-#include "dtypes.h"
+#include "product_args.h"
 
 namespace engine {
 
@@ -22,16 +22,11 @@ struct Fp4Operand {
     int block[2];             // k per scale: 16, 32 or 64
 };
 
-// Writes the arrays of `to` (its pointers are then to writable memory) from x. Answers whether all numbers were finite
-// and stayed so when rounded to bf16; if not, the arrays hold nothing of use.
+// Writes the arrays of `to` (its pointers are then to writable memory). Answers whether all numbers were finite and
+// stayed so when rounded to bf16; if not, the arrays hold nothing of use.
 struct PrepareArgs {
-    const void* x;  // [T, K]; silu: [T, 2K] = gate | up
-    DType x_type;   // f32 or bf16
-    int64_t x_stride;
-    const float* norm_weight;  // [K]: what is split is bf16(rms_norm(x) · weight); or null
-    float eps;
-    bool silu;      // what is split is bf16(silu(gate) · up)
-    float fixed_g;  // every row's g; 0: each row's own by the rule
+    OperandRows rows;  // of f32 or bf16
+    float fixed_g;     // every row's g; 0: each row's own by the rule
     Fp4Operand to;
 };
 
@@ -53,19 +48,13 @@ struct QuantizeWeightArgs {
     float* g;        // [N]
 };
 
-// out [T, N] = operand · wᵀ · g · g_w + bias [N] + residual [T, N]
+// out [T, N] = operand · wᵀ · g · g_w, and what `to` says
 struct Fp4LinearArgs {
     Fp4Operand x;
     const void* w;         // tiles, see fp4_tiles.h
     const float* w_g;      // [N] and zeros up to a whole tile
     int w_block;           // k per scale: nvfp4 16 or 32, mxfp4 32, hif4 64
-    int64_t N;
-    const float* bias;     // or null
-    const void* residual;  // out_type, or null; may be out itself
-    int64_t residual_stride;
-    void* out;
-    DType out_type;
-    int64_t out_stride;
+    ProductOut to;
 };
 
 // The same with x [T, K] as it is.
@@ -75,7 +64,10 @@ struct W4a16Args {
     int64_t x_stride;
     int64_t T, K;
     Fp4Format w_format;
-    Fp4LinearArgs product;  // its x is not used
+    const void* w;
+    const float* w_g;
+    int w_block;
+    ProductOut to;
 };
 
 }  // namespace engine

@@ -13,9 +13,9 @@
 // twice per 32 k). That depends on K alone: neither on T, nor on the block a row falls into, nor on the thread.
 
 #include "fp4_dot.h"
-#include "fp4_epilogue.h"
 #include "fp4_tiles.h"
 #include "kernels.h"
+#include "product_epilogue.h"
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -213,7 +213,7 @@ struct RowBlocks {
 template <class S>
 void multiply_chunk(const Fp4LinearArgs& a, int64_t first_row, RowBlocks blocks, Entry<S::P>* entries,
                     ThreadPool& pool) {
-    const int64_t steps = a.x.K / kStepK, tiles = fp4_num_tiles(a.N);
+    const int64_t steps = a.x.K / kStepK, tiles = fp4_num_tiles(a.to.N);
     const int64_t bytes = fp4_tile_bytes(a.x.K, a.x.format, a.w_block);
     pool.parallel_for(blocks.count, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t b = begin; b < end; ++b)
@@ -228,7 +228,8 @@ void multiply_chunk(const Fp4LinearArgs& a, int64_t first_row, RowBlocks blocks,
             const int64_t b = piece / tiles, tile = piece % tiles;
             const uint8_t* w = static_cast<const uint8_t*>(a.w) + tile * bytes;
             multiply<S>(w, entries + blocks.begin(b) * steps, steps, blocks.size(b), sums);
-            finish_tile(a, a.x.g, sums, first_row + blocks.begin(b), blocks.size(b), tile * kFp4TileColumns);
+            finish_tile(a.to, a.x.g, a.w_g, sums, first_row + blocks.begin(b), blocks.size(b),
+                        tile * kFp4TileColumns);
         }
     });
 }

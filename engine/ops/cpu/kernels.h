@@ -15,6 +15,7 @@
 #include "attention_args.h"
 #include "dtypes.h"
 #include "fp4_args.h"
+#include "fp8_args.h"
 #include "row_args.h"
 #include "scratch.h"
 #include "thread_pool.h"
@@ -50,7 +51,9 @@ struct LinearArgs {
     KERNEL(bool, prepare_fp4, (const PrepareArgs&, ThreadPool&, Scratch&))         \
     KERNEL(float, quantize_weight, (const QuantizeWeightArgs&, ThreadPool&))       \
     KERNEL(void, fp4_linear, (const Fp4LinearArgs&, ThreadPool&, Scratch&))        \
-    KERNEL(void, w4a16_linear, (const W4a16Args&, ThreadPool&, Scratch&))
+    KERNEL(void, w4a16_linear, (const W4a16Args&, ThreadPool&, Scratch&)) \
+    KERNEL(bool, prepare_fp8, (const PrepareFp8Args&, ThreadPool&, Scratch&))      \
+    KERNEL(void, fp8_linear, (const Fp8LinearArgs&, ThreadPool&, Scratch&))
 
 struct Kernels {
     const char* isa;

@@ -1,66 +1,17 @@
 // prepare_fp4: rows of activations into FP4 operands, bit for bit what engine/ops/fp4/split.py defines.
 //
-// A row is made once (loaded, or normalised, or silu(gate) · up rounded to bf16) into a thread's buffer, which the
-// cache keeps; its largest magnitude is found on the way. Groups of 16 chunks of 32 k (HiF4: 64) then go from there to
-// their codes in five loops (scaling, backbone scales, mask and backbone, residual scales, residual), whose iterations
-// do not wait for one another: chunk by chunk, the way from a block to its scale and back would take twice the time.
+// A row is made once into a thread's buffer, which the cache keeps (operand_rows.h). Groups of 16 chunks of 32 k
+// (HiF4: 64) then go from there to their codes in five loops (scaling, backbone scales, mask and backbone, residual
+// scales, residual), whose iterations do not wait for one another: chunk by chunk, the way from a block to its scale
+// and back would take twice the time.
 
 #include "fp4_quantize.h"
 #include "kernels.h"
+#include "operand_rows.h"
 
 namespace engine {
 namespace ENGINE_ISA {
 namespace {
-
-constexpr int64_t kGrainElements = 8192;  // elements a thread takes at a time
-constexpr int32_t kInfinity = 0x7f800000;
-constexpr int32_t kBeyondBf16 = 0x7f7f8000;  // fp32 numbers from here on round to bf16's infinity
-
-// ---- rows ----------------------------------------------------------------------------------------------------------
-// Each fills row [K] and returns the largest magnitude's bits; infinity and NaN are larger than any number's.
-
-template <class T>
-int32_t load_row(const T* x, float* row, int64_t K) {
-    I32x16 largest = broadcast_i32(0);
-    for (int64_t k = 0; k < K; k += kLanes) {
-        const F32x16 v = load(x + k);
-        largest = max(largest, float_to_bits(abs(v)));
-        store(row + k, v);
-    }
-    return largest_lane(largest);
-}
-
-template <class T>
-int32_t norm_row(const T* x, const float* weight, float eps, float* row, int64_t K) {
-    const F32x16 scale = broadcast(inverse_rms(x, K, eps));
-    I32x16 largest = broadcast_i32(0);
-    for (int64_t k = 0; k < K; k += kLanes) {
-        const F32x16 v = (load(x + k) * scale) * load(weight + k);
-        largest = max(largest, float_to_bits(abs(v)));
-        store(row + k, rounded_to_bf16(v));
-    }
-    return largest_lane(largest);
-}
-
-template <class T>
-int32_t silu_row(const T* gate, const T* up, float* row, int64_t K) {
-    I32x16 largest = broadcast_i32(0);
-    for (int64_t k = 0; k < K; k += kLanes) {
-        const F32x16 g = load(gate + k);
-        const F32x16 v = (g / (broadcast(1.0f) + exp32(negate(g)))) * load(up + k);
-        largest = max(largest, float_to_bits(abs(v)));
-        store(row + k, rounded_to_bf16(v));
-    }
-    return largest_lane(largest);
-}
-
-template <class T>
-int32_t make_row(const PrepareArgs& a, int64_t t, float* row) {
-    const T* x = static_cast<const T*>(a.x) + t * a.x_stride;
-    if (a.silu) return silu_row(x, x + a.to.K, row, a.to.K);
-    if (a.norm_weight) return norm_row(x, a.norm_weight, a.eps, row, a.to.K);
-    return load_row(x, row, a.to.K);
-}
 
 // ---- the mask -------------------------------------------------------------------------------------------------------
 
@@ -283,22 +234,12 @@ static inline float global_scale(const PrepareArgs& a, float amax) {
 bool prepare_fp4(const PrepareArgs& a, ThreadPool& pool, Scratch& scratch) {
     const Fp4Operand& to = a.to;
     const SplitRow split = split_of(to);
-    const bool fused = a.silu || a.norm_weight;
-    const int32_t limit = fused || to.format != Fp4Format::nvfp4 ? kBeyondBf16 : kInfinity;
-    float* rows = static_cast<float*>(scratch.reserve(static_cast<size_t>(pool.threads() * to.K) * sizeof(float)));
-    int bad = 0;  // only ever set to 1, by any thread, and read after the loop
-    pool.parallel_for(to.T, max_of(1, kGrainElements / to.K), [&](int64_t begin, int64_t end, int thread) {
-        float* row = rows + thread * to.K;
-        for (int64_t t = begin; t < end; ++t) {
-            const int32_t largest = a.x_type == DType::f32 ? make_row<float>(a, t, row) : make_row<bf16>(a, t, row);
-            if (largest >= limit) return __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
-            const F32x16 amax = broadcast(bits_float(static_cast<uint32_t>(largest)));
-            const float g = global_scale(a, first_lane(fused ? rounded_to_bf16(amax) : amax));  // rounding is monotonic
-            const_cast<float*>(to.g)[t] = g;
-            split(row, g, to, t);
-        }
+    const int32_t limit = to.format == Fp4Format::nvfp4 ? first_refused(a.rows) : kBeyondBf16;
+    return for_each_row(a.rows, limit, pool, scratch, [&](int64_t t, float* row, float amax) {
+        const float g = global_scale(a, amax);
+        const_cast<float*>(to.g)[t] = g;
+        split(row, g, to, t);
     });
-    return !bad;
 }
 
 }  // namespace ENGINE_ISA

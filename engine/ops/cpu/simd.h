@@ -75,6 +75,12 @@ static inline F32x16 load(const bf16* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+static inline F32x16 load(const e4m3* p) {  // not for NaN; read as fp16, whose exponent bias is larger by 8
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i magnitude = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(0x3f80));
+    const __m256i sign = _mm256_and_si256(_mm256_slli_epi16(wide, 8), _mm256_set1_epi16(INT16_MIN));
+    return F32x16{_mm512_cvtph_ps(_mm256_or_si256(magnitude, sign))} * broadcast(256.0f);
+}
 static inline void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
 static inline void store(f16* p, F32x16 a) {
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -139,6 +145,15 @@ static inline F32x16 load(const f16* p) {
 static inline F32x16 load(const bf16* p) {
     const I32x16 wide{_mm256_cvtepu16_epi32(load_8_halves(p)), _mm256_cvtepu16_epi32(load_8_halves(p + 8))};
     return bits_to_float(shift_left<16>(wide));
+}
+static inline F32x16 load(const e4m3* p) {  // not for NaN; read as fp16, whose exponent bias is larger by 8
+    const __m256i wide = _mm256_cvtepu8_epi16(load_8_halves(p));
+    const __m256i magnitude = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(0x3f80));
+    const __m256i sign = _mm256_and_si256(_mm256_slli_epi16(wide, 8), _mm256_set1_epi16(INT16_MIN));
+    const __m256i halves = _mm256_or_si256(magnitude, sign);
+    const F32x16 small{_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+                       _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+    return small * broadcast(256.0f);
 }
 static inline void store(float* p, F32x16 x) {
     _mm256_storeu_ps(p, x.a);
@@ -228,6 +243,9 @@ static inline float to_float(f16 a) {
     if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | magnitude << 13);  // infinity, NaN
     const float value = float_of(magnitude << 13) * 0x1p112f;                       // exact; also for subnormals
     return float_of(sign | bits_of(value));
+}
+static inline float to_float(e4m3 a) {  // not for NaN
+    return float_of(uint32_t{a.bits & 0x80u} << 24 | uint32_t{a.bits & 0x7fu} << 20) * 0x1p120f;
 }
 static inline bf16 to_bf16(float a) {
     const uint32_t bits = bits_of(a);

@@ -9,9 +9,9 @@
 // of rows or threads. In bf16 dot products subnormal x count as 0.
 
 #include "fp4_dot.h"
-#include "fp4_epilogue.h"
 #include "fp4_tiles.h"
 #include "kernels.h"
+#include "product_epilogue.h"
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -171,17 +171,16 @@ static inline void lay_out_pairs(const bf16* x, int64_t K, uint32_t* pairs) {
 // multiply_tile(a tile's weights, first row, rows, sums) for every tile and block of rows.
 template <class F>
 void for_all_tiles(const W4a16Args& a, ThreadPool& pool, F&& multiply_tile) {
-    const Fp4LinearArgs& p = a.product;
-    const int64_t tiles = fp4_num_tiles(p.N), blocks = ceil_div(a.T, kBlockRows);
-    const int64_t bytes = fp4_tile_bytes(a.K, a.w_format, p.w_block);
+    const int64_t tiles = fp4_num_tiles(a.to.N), blocks = ceil_div(a.T, kBlockRows);
+    const int64_t bytes = fp4_tile_bytes(a.K, a.w_format, a.w_block);
     const int64_t grain = a.T <= kFewRows ? ceil_div(tiles, pool.threads()) : 1;
     pool.parallel_for(tiles * blocks, grain, [&](int64_t begin, int64_t end, int) {
         alignas(64) float sums[kBlockRows * kFp4TileColumns];
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t tile = piece % tiles, first = piece / tiles * kBlockRows;
             const int64_t rows = min_of(kBlockRows, a.T - first);
-            multiply_tile(static_cast<const uint8_t*>(p.w) + tile * bytes, first, rows, sums);
-            finish_tile(p, nullptr, sums, first, rows, tile * kFp4TileColumns);
+            multiply_tile(static_cast<const uint8_t*>(a.w) + tile * bytes, first, rows, sums);
+            finish_tile(a.to, nullptr, a.w_g, sums, first, rows, tile * kFp4TileColumns);
         }
     });
 }
@@ -235,7 +234,7 @@ void multiply_e2m1(const W4a16Args& a, ThreadPool& pool, Scratch& scratch) {
 void w4a16_linear(const W4a16Args& a, ThreadPool& pool, Scratch& scratch) {
     if (a.w_format == Fp4Format::mxfp4) return multiply_e2m1<Mxfp4Weights>(a, pool, scratch);
     if (a.w_format == Fp4Format::hif4) return multiply_in_fp32<Hif4Weights>(a, pool, scratch);
-    if (a.product.w_block == 16) return multiply_e2m1<Nvfp4Weights<16>>(a, pool, scratch);
+    if (a.w_block == 16) return multiply_e2m1<Nvfp4Weights<16>>(a, pool, scratch);
     return multiply_e2m1<Nvfp4Weights<32>>(a, pool, scratch);
 }
 

@@ -1,0 +1,294 @@
+// fp8_linear: out [T, N] = x [T, K] · wᵀ, times scales, + bias + residual, with w in E4M3 and x in E4M3 or as it is.
+//
+// The work is that of `linear`: an E4M3 number is a bf16 number, so a tile's codes become pairs of bf16 and go through
+// the same micro-kernels (micro_kernels.h), vdpbf16ps on avx512-bf16 where x is bf16 or E4M3 (which has no number that
+// is subnormal in bf16), fp32 FMA else. Up to kDirectRows rows take pairs from registers; more rows share an expanded
+// segment of the tile (fp8_tiles.h) in the cache, so that its expansion costs once per kGroupBlocks blocks of rows.
+//
+// Order: the products of a segment are summed from 0 in ascending k, then the sum times the weight's scale is added to
+// the row's total, segment by segment; the row's own scale comes last. That depends on K and the weight alone: neither
+// on T, nor on the block a row falls into, nor on the thread.
+
+#include "kernels.h"
+#include "micro_kernels.h"
+#include "product_epilogue.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+namespace {
+
+constexpr int64_t kChunkRows = 512;    // rows re-laid at a time: bounds scratch memory
+constexpr int64_t kFewBlocks = 4;      // row blocks up to which memory is the limit, not arithmetic
+constexpr int64_t kGroupBlocks = 8;    // row blocks in a piece of work
+constexpr int64_t kMaxGroupRows = kGroupBlocks * kMaxRows;
+
+// ---- from E4M3 to pairs of bf16 -------------------------------------------------------------------------------------
+
+struct Bf16Table {
+    uint16_t of[128];  // bf16 of the codes without their sign
+};
+
+constexpr Bf16Table bf16_table() {
+    Bf16Table t{};
+    for (int code = 8; code < 128; ++code) t.of[code] = static_cast<uint16_t>((code << 4) + (120 << 7));
+    for (int m = 1; m < 8; ++m) {  // m · 2^-9
+        const int e = m >= 4 ? 2 : m >= 2 ? 1 : 0;
+        t.of[m] = static_cast<uint16_t>(((127 - 9 + e) << 7) + ((m << (7 - e)) & 0x7f));
+    }
+    return t;
+}
+
+// One byte of every number of the table.
+struct ByteTable {
+    alignas(64) uint8_t of[128];
+};
+
+constexpr ByteTable byte_table(int shift) {
+    ByteTable t{};
+    for (int code = 0; code < 128; ++code) t.of[code] = static_cast<uint8_t>(bf16_table().of[code] >> shift);
+    return t;
+}
+
+constexpr ByteTable kLow = byte_table(0), kHigh = byte_table(8);
+
+#if ENGINE_ISA_LEVEL >= 3
+
+// A line to its two pairs of k, sixteen columns each.
+struct Expander {
+    const __m512i low[2] = {_mm512_load_si512(kLow.of), _mm512_load_si512(kLow.of + 64)};
+    const __m512i high[2] = {_mm512_load_si512(kHigh.of), _mm512_load_si512(kHigh.of + 64)};
+    const __m512i sign = _mm512_set1_epi8(-128);
+
+    inline void operator()(const char* line, __m512i& first, __m512i& second) const {
+        const __m512i codes = _mm512_load_si512(line);
+        const __m512i l = _mm512_permutex2var_epi8(low[0], codes, low[1]);  // by seven bits: the sign falls away
+        const __m512i h = _mm512_permutex2var_epi8(high[0], codes, high[1]);
+        const __m512i signed_h = _mm512_ternarylogic_epi32(h, codes, sign, 0xf8);  // h | (codes & sign)
+        first = _mm512_unpacklo_epi8(l, signed_h);
+        second = _mm512_unpackhi_epi8(l, signed_h);
+    }
+    inline void store(const char* line, char* first, char* second) const {
+        __m512i a, b;
+        (*this)(line, a, b);
+        _mm512_store_si512(first, a);
+        _mm512_store_si512(second, b);
+    }
+};
+
+#elif ENGINE_ISA_LEVEL >= 1
+
+// Tables of sixteen: of exponents' upper three bits for most codes, of the lower four bits for those of 0 … 15, among
+// them all that are subnormal.
+struct Expander {
+    __m256i high_of_upper, low_of_small, high_of_small;
+
+    Expander() {
+        alignas(16) uint8_t by_upper[16];
+        for (int i = 0; i < 16; ++i) by_upper[i] = kHigh.of[i % 8 * 16 + 8];  // that of 0 is not used
+        high_of_upper = twice(by_upper);
+        low_of_small = twice(kLow.of);
+        high_of_small = twice(kHigh.of);
+    }
+    static inline __m256i twice(const uint8_t* table) {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    }
+    inline void store(const char* line, char* first, char* second) const {
+        for (int half = 0; half < 64; half += 32) {
+            const __m256i codes = _mm256_load_si256(reinterpret_cast<const __m256i*>(line + half));
+            const __m256i nibble = _mm256_set1_epi8(15), lower = _mm256_and_si256(codes, nibble);
+            const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
+            const __m256i is_small = _mm256_cmpeq_epi8(_mm256_and_si256(upper, _mm256_set1_epi8(7)),
+                                                       _mm256_setzero_si256());
+            const __m256i l = _mm256_blendv_epi8(_mm256_slli_epi16(lower, 4), _mm256_shuffle_epi8(low_of_small, lower),
+                                                 is_small);
+            const __m256i h = _mm256_blendv_epi8(_mm256_shuffle_epi8(high_of_upper, upper),
+                                                 _mm256_shuffle_epi8(high_of_small, lower), is_small);
+            const __m256i signed_h = _mm256_or_si256(h, _mm256_and_si256(codes, _mm256_set1_epi8(-128)));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(first + half), _mm256_unpacklo_epi8(l, signed_h));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(second + half), _mm256_unpackhi_epi8(l, signed_h));
+        }
+    }
+};
+
+#else
+
+struct Expander {
+    inline void store(const char* line, char* first, char* second) const {
+        const uint8_t* codes = reinterpret_cast<const uint8_t*>(line);
+        for (int quarter = 0; quarter < 4; ++quarter, codes += 16, first += 16, second += 16) {
+            uint16_t pairs[16];
+            for (int i = 0; i < 16; ++i) {
+                const uint32_t code = codes[i];
+                pairs[i] = static_cast<uint16_t>(kLow.of[code & 127] | (kHigh.of[code & 127] | (code & 128)) << 8);
+            }
+            std::memcpy(first, pairs, 16);
+            std::memcpy(second, pairs + 8, 16);
+        }
+    }
+};
+
+#endif
+
+// A segment of a tile as bf16 [padded / 2][32 columns][2]. Fetches the next one, while this one is then used.
+void expand(const char* lines, int64_t padded, char* pairs) {
+    const Expander expander;
+    const int64_t bytes = padded * kTileColumns;
+    for (int64_t at = 0; at < bytes; at += 2 * kFp8LineBytes, pairs += 4 * kFp8LineBytes) {
+        __builtin_prefetch(lines + bytes + at, 0, 2);
+        __builtin_prefetch(lines + bytes + at + kFp8LineBytes, 0, 2);
+        expander.store(lines + at, pairs, pairs + 2 * kFp8LineBytes);
+        expander.store(lines + at + kFp8LineBytes, pairs + kFp8LineBytes, pairs + 3 * kFp8LineBytes);
+    }
+}
+
+// ---- the loops ------------------------------------------------------------------------------------------------------
+
+// Format: of the expanded tile. kDirectRows: blocks of at most so many rows do without expanding it.
+struct InFp32 : FromCache<Fma<bf16>> {
+    static constexpr int64_t kDirectRows = 0;
+};
+
+#if ENGINE_ISA_LEVEL >= 3
+struct InBf16 : FromCache<DotBf16> {
+    static constexpr int64_t kDirectRows = 8;
+};
+
+// Two pairs of k a step, from the codes; the same sums as InBf16's.
+struct Direct {
+    using X = uint32_t;
+    static constexpr int kXPerStep = 2;
+    static constexpr int64_t kVectorBytes = kFp8LineBytes;
+    static constexpr int64_t prefetch_ahead(int, int) { return 4096; }
+
+    template <int R, int C>
+    static inline void step(const X* x, const char* w, F32x16 (&acc)[R][C]) {
+        const Expander expander;
+        __m512i columns[2][C];
+        for (int c = 0; c < C; ++c) expander(w + c * kVectorBytes, columns[0][c], columns[1][c]);
+        for (int p = 0; p < 2; ++p, x += R) {
+            for (int r = 0; r < R; ++r) {
+                const __m512bh row = (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(x[r]));
+                for (int c = 0; c < C; ++c)
+                    acc[r][c].v = _mm512_dpbf16_ps(acc[r][c].v, (__m512bh)columns[p][c], row);
+            }
+        }
+    }
+};
+#endif
+
+// totals [rows][32] += sums [rows][width] · scale, from the tile's column `column` on
+static inline void add_scaled(const float* sums, int64_t rows, int64_t width, const float* scale, float* totals) {
+    for (int64_t r = 0; r < rows; ++r, sums += width, totals += kTileColumns)
+        for (int64_t j = 0; j < width; j += kLanes)
+            store(totals + j, mul_add(load(sums + j), load(scale + j), load(totals + j)));
+}
+
+// One block of rows times one segment in bf16 pairs or, Direct, in codes.
+template <class Format>
+void multiply_segment(const typename Format::X* x, const char* w, int64_t steps, int64_t rows, const float* scale,
+                      float* totals) {
+    static constexpr MicroKernels<Format> micro = micro_kernels<Format>();
+    alignas(64) float sums[kMaxSums];
+    const int vectors = vectors_at_once(static_cast<int>(rows)), width = vectors * kLanes;
+    for (int64_t column = 0; column < kTileColumns; column += width, w += vectors * Format::kVectorBytes) {
+        micro.of[rows](x, w, steps, sums);
+        add_scaled(sums, rows, width, scale + column, totals + column);
+    }
+}
+
+// `rows` rows in near-equal blocks of at most kMaxRows, as panels: [padded K][rows of a block].
+template <class Format>
+struct Panels {
+    using X = typename Format::X;
+    X* data;
+    RowBlocks blocks;
+    int64_t row_xs;  // elements of X a row
+
+    static int64_t xs(int64_t padded) { return padded / Format::kStepK * Format::kXPerStep; }
+    int64_t rows(int64_t block) const { return blocks.begin(block + 1) - blocks.begin(block); }
+    X* at(int64_t block, const Fp8Segment& s) const {
+        return data + blocks.begin(block) * row_xs + xs(s.at) * rows(block);
+    }
+};
+
+// The blocks [begin, end) of rows times one tile; totals [rows][32].
+template <class Format>
+void multiply_tile(const Fp8LinearArgs& a, const Panels<Format>& x, int64_t begin, int64_t end, int64_t tile,
+                   float* totals) {
+    const char* w = static_cast<const char*>(a.w) + tile * fp8_tile_bytes(a.K, a.w_step);
+    const float* scale = a.w_scale + tile * fp8_scale_rows(a.K, a.w_step) * kTileColumns;
+    const int64_t first = x.blocks.begin(begin), rows = x.blocks.begin(end) - first;
+    for (int64_t i = 0; i < rows * kTileColumns; i += kLanes) store(totals + i, zero());
+    alignas(64) char pairs[kFp8SegmentK * kTileColumns * sizeof(bf16)];
+    for (int64_t i = 0; i < fp8_num_segments(a.K, a.w_step); ++i) {
+        const Fp8Segment s = fp8_segment(a.K, a.w_step, i);
+        const char* lines = w + s.at * kTileColumns;
+        const float* segment_scale = scale + s.scale_row * kTileColumns;
+#if ENGINE_ISA_LEVEL >= 3
+        if constexpr (Format::kDirectRows > 0) {
+            if (rows <= Format::kDirectRows) {
+                multiply_segment<Direct>(x.at(begin, s), lines, s.padded / kFp8LineK, rows, segment_scale, totals);
+                continue;
+            }
+        }
+#endif
+        expand(lines, s.padded, pairs);
+        for (int64_t b = begin; b < end; ++b)
+            multiply_segment<Format>(x.at(b, s), pairs, s.padded / Format::kStepK, x.rows(b), segment_scale,
+                                     totals + (x.blocks.begin(b) - first) * kTileColumns);
+    }
+}
+
+template <class Format, class In>
+void multiply_chunk(const Fp8LinearArgs& a, int64_t first_row, int64_t num_rows, ThreadPool& pool, Scratch& scratch) {
+    using X = typename Format::X;
+    const int64_t row_xs = Panels<Format>::xs(fp8_padded_K(a.K, a.w_step)), segments = fp8_num_segments(a.K, a.w_step);
+    X* data = static_cast<X*>(scratch.reserve(static_cast<size_t>(num_rows * row_xs) * sizeof(X)));
+    const Panels<Format> panels{data, RowBlocks(num_rows), row_xs};
+    const int64_t blocks = panels.blocks.count;
+    pool.parallel_for(blocks, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t b = begin; b < end; ++b) {
+            const In* x = static_cast<const In*>(a.x) + (first_row + panels.blocks.begin(b)) * a.x_stride;
+            for (int64_t i = 0; i < segments; ++i) {
+                const Fp8Segment s = fp8_segment(a.K, a.w_step, i);
+                lay_out_panel<Format>(x + s.k, a.x_stride, panels.rows(b), s.count, Panels<Format>::xs(s.padded),
+                                      panels.at(b, s));
+            }
+        }
+    });
+    // As in linear.cpp: a long range of tiles per thread where memory is the limit, else small pieces of work.
+    const int64_t tiles = num_tiles(a.to.N), groups = ceil_div(blocks, kGroupBlocks);
+    const int64_t grain = blocks <= kFewBlocks ? ceil_div(tiles, pool.threads()) : 1;
+    pool.parallel_for(tiles * groups, grain, [&](int64_t begin, int64_t end, int) {
+        alignas(64) float totals[kMaxGroupRows * kTileColumns];
+        for (int64_t piece = begin; piece < end; ++piece) {
+            const int64_t tile = piece / groups, group = piece % groups;
+            const int64_t from = blocks * group / groups, to = blocks * (group + 1) / groups;
+            multiply_tile<Format>(a, panels, from, to, tile, totals);
+            const int64_t row = panels.blocks.begin(from), rows = panels.blocks.begin(to) - row;
+            finish_tile(a.to, a.x_scale, nullptr, totals, first_row + row, rows, tile * kTileColumns);
+        }
+    });
+}
+
+template <class Format, class In>
+void multiply_all(const Fp8LinearArgs& a, ThreadPool& pool, Scratch& scratch) {
+    for (int64_t row = 0; row < a.T; row += kChunkRows)
+        multiply_chunk<Format, In>(a, row, min_of(kChunkRows, a.T - row), pool, scratch);
+}
+
+}  // namespace
+
+void fp8_linear(const Fp8LinearArgs& a, ThreadPool& pool, Scratch& scratch) {
+#if ENGINE_ISA_LEVEL >= 3
+    if (a.codes) return multiply_all<InBf16, e4m3>(a, pool, scratch);
+    if (a.x_type == DType::bf16) return multiply_all<InBf16, bf16>(a, pool, scratch);
+#endif
+    if (a.codes) return multiply_all<InFp32, e4m3>(a, pool, scratch);
+    with_type(a.x_type, [&](auto tag) {
+        multiply_all<InFp32, typename decltype(tag)::type>(a, pool, scratch);
+    });
+}
+
+}  // namespace ENGINE_ISA
+}  // namespace engine
