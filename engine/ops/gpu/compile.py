@@ -54,7 +54,7 @@ def nvrtc_version() -> tuple[int, int]:
     """(major, minor) of the NVRTC that CuPy found. Raises DeviceError where there is none."""
     nvrtc = _nvrtc()
     try:
-        return nvrtc.getVersion()  # type: ignore[no-any-return]
+        return cast(tuple[int, int], nvrtc.getVersion())
     except (RuntimeError, OSError) as problem:  # the binding is there, the library is not
         raise DeviceError(
             f"CuPy finds no NVRTC ({problem}); install it, e.g. pip install 'cupy-cuda13x[ctk]'"
