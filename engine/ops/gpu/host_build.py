@@ -135,11 +135,11 @@ class HostBuild:
         for name, text in texts.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f'#line 1 "{name}"\n{text}')
-        own_name = next(iter(texts))
+            path.write_text(text)
+        own_name = next(iter(texts))  # relative, as all names from here on: they end up in reports
         flags = [*FLAGS, *KERNEL_FLAGS, *(CHECKING_FLAGS if self.checked else ()), f"-fdebug-prefix-map={folder}=."]
         defines = [f"-D{name}" for name in (*self.arch.defines, *self.defines)]
-        preprocess = [*_includes(folder), *defines, "-include", "emulate/simt.h", "-x", "c++", "-E", own_name]
+        preprocess = [*_includes(), *defines, "-include", "emulate/simt.h", "-x", "c++", "-E", own_name]
         _run([*flags, *preprocess, "-o", "kernels.ii"], folder)
         text = (folder / "kernels.ii").read_text()
         (folder / "kernels.ii").write_text(_with_entry_table(text, self.arch.shared_limit, own_name))
@@ -181,7 +181,7 @@ class _Runtime:
         objects = [f"{Path(file).stem}.o" for file in files]
 
         def compile_one(file: str, target: str) -> None:
-            _run([*self._flags, *_includes(folder), "-c", file, "-o", target], folder)
+            _run([*self._flags, *_includes(), "-c", file, "-o", target], folder)
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, files, objects))
@@ -204,10 +204,9 @@ def _run(arguments: Sequence[str], folder: Path) -> None:
         raise DeviceError(f"the host compiler refused the kernels:\n{shlex.join(command)}\n{result.stderr}")
 
 
-def _includes(folder: Path) -> list[str]:
-    """Rewritten copies first, so that no original is read in their place."""
-    cuda = sources.cuda_directory()
-    return [f"-I{folder}", f"-I{cuda}", *(f"-isystem{path}" for path in sources.cuda_include_directories())]
+def _includes() -> list[str]:
+    """Rewritten copies (of the working folder) first, so that no original is read in their place."""
+    return ["-I.", f"-I{sources.cuda_directory()}", *(f"-isystem{path}" for path in sources.cuda_include_directories())]
 
 
 def _headers() -> list[Path]:
