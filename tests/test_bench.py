@@ -155,7 +155,7 @@ def test_interleaved_takes_turns_and_rotates() -> None:
 @pytest.fixture
 def small_device(monkeypatch: pytest.MonkeyPatch) -> CpuDevice:
     """A device on which rotations of tiny weights stay small."""
-    device = CpuDevice(select_backend("cpu", 1), 1)
+    device = CpuDevice(select_backend("cpu", 1))
     device.rotation_bytes = 20_000
     device.cache_bytes = 0
     monkeypatch.setattr(gemm, "bench_device", lambda *_: device)

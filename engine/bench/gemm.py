@@ -180,7 +180,7 @@ def _preparations(
     """
     K = product.K
     if product.layer == "qkv":
-        x, norm = device.array(_random(M, K)), np.ones(K, np.float32)
+        x, norm = device.array(_random(M, K)), device.array(np.ones(K, np.float32))
         return {name: [partial(method.prepare_norm, x, norm, 1e-6)] for name, method in methods.items()}, x.nbytes
     if product.layer == "o":
         x = device.array(_random(M, K))
