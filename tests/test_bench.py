@@ -220,6 +220,15 @@ def test_gemm_leaves_out_what_does_not_fit_the_memory(small_device: CpuDevice, m
     assert set(fitting(head, quants, small_device)[0]) == {"bf16", "sharq"}
 
 
+def test_gemm_weights_fill_a_rotation(small_device: CpuDevice) -> None:
+    """64 x 64 in 4.25 bits are 2,176 bytes, so ten of them are 20,000: each packed for itself."""
+    product = Product("m", "o", 64, 64)
+    quants = {"sharq": resolve(QuantConfig("sharq", "rtn"), None)}
+    methods, _ = fitting(product, quants, small_device)
+    weights = gemm._weights(product, "sharq", methods["sharq"], small_device)
+    assert len(set(map(id, weights))) == 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

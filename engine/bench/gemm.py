@@ -7,7 +7,8 @@ large as the last-level cache, because in a model each layer's weights were last
 does to activations beforehand (with the norm or the SwiGLU that it is fused with) has rows of its own.
 
 Values are random and repeat every 256 rows: they do not change how long a product takes. Times are medians over rounds
-in which every method has its turn; ratios and shares are medians of the ratios within a round.
+in which every method has its turn, Python's part of a call included; ratios and shares are medians of the ratios within
+a round.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def main(options: argparse.Namespace) -> None:
         for reason in reasons:
             skipped.append(f"{product.model} {product.layer}: {reason}")
             say(f"skipped: {skipped[-1]}")
-        rows += measure(product, methods, setup)
+        if methods:
+            rows += measure(product, methods, setup)
     report = {
         "what": "matrix products of a decode step: medians over interleaved rounds",
         "kernel_path": device.ops.kernel_path,
