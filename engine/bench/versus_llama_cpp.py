@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the two random models (2 GB), kept")
     parser.add_argument("--quant", default="bf16", help="our method (default: %(default)s)")
     parser.add_argument("--quant-head", default="bf16", help="our head: bf16 | fp8 | nvfp4 (default: %(default)s)")
-    parser.add_argument("--grade", help="our weight grade, which does not change the speed (default: rtn)")
+    parser.add_argument("--grade", default="rtn", help="our weight grade, which does not change the speed")
     parser.add_argument("--peer-type", choices=PEER_TYPES, default="bf16", help="(default: %(default)s)")
     parser.add_argument("--peer-head", choices=PEER_TYPES, default="bf16", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2)
@@ -73,12 +73,11 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _ours(options: argparse.Namespace) -> LLM:
-    fp4 = options.quant not in ("bf16", "fp8") or options.quant_head == "nvfp4"
     return LLM(
         options.work / SHAPE,
         quant=options.quant,
         quant_head=options.quant_head,
-        grade=options.grade or ("rtn" if fp4 else None),
+        grade=options.grade,
         threads=options.threads,
         enable_prefix_caching=False,
         quant_cache=False,
