@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import ModelConfig, RopeConfig
-from engine.core import Batch
 from engine.ops.contract import Array, KVCache, Ops
 from engine.quant.method import LinearMethod, Weight
 from engine.rope import rope_table
@@ -65,7 +65,7 @@ class Embedding:
         yield Parameter(self._name, self._shape, self._fill)
 
     def _fill(self, array: Array) -> Sequence[str]:
-        self.table = array
+        self.table = self._context.ops.constant(array)
         return (self._name,)  # rows are read on demand; nothing of it need stay resident
 
     def __call__(self, token_ids: NDArray[np.int32]) -> Array:
@@ -78,16 +78,23 @@ class Embedding:
 class RMSNorm:
     """Weight [C] of a root-mean-square norm, in fp32 whatever its stored type (an exact conversion)."""
 
-    def __init__(self, name: str, size: int, eps: float) -> None:
+    def __init__(self, context: Context, name: str, size: int, eps: float) -> None:
+        self._context = context
         self._name = name
+        self._size = size
+        self._weight: Array | None = None
         self.eps = eps
-        self.weight: NDArray[np.float32] = np.empty(size, np.float32)
+
+    @property
+    def weight(self) -> Array:
+        assert self._weight is not None
+        return self._weight
 
     def parameters(self) -> Iterator[Parameter]:
-        yield Parameter(self._name, self.weight.shape, self._fill)
+        yield Parameter(self._name, (self._size,), self._fill)
 
     def _fill(self, array: Array) -> Sequence[str]:
-        self.weight[:] = array
+        self._weight = self._context.ops.constant(array.astype(np.float32))
         return (self._name,)
 
 
@@ -106,26 +113,20 @@ class Linear:
         self._pending: dict[str, Weight] = {}
         self._weight: Any = None
         self.N = sum(shards.values())
-        self._bias = np.empty(self.N, np.float32) if bias else None
+        self._biases: dict[str, Array] | None = {} if bias else None
+        self._bias: Array | None = None
 
     def parameters(self) -> Iterator[Parameter]:
-        start = 0
         for name, rows in self._shards.items():
-            yield Parameter(f"{name}.weight", (rows, self._K), self._weight_filler(name))
-            if self._bias is not None:
-                yield Parameter(f"{name}.bias", (rows,), self._bias_filler(f"{name}.bias", start))
-            start += rows
+            yield Parameter(f"{name}.weight", (rows, self._K), partial(self.fill_weight, name))
+            if self._biases is not None:
+                yield Parameter(f"{name}.bias", (rows,), partial(self._fill_bias, self._biases, name))
 
-    def _weight_filler(self, name: str) -> Callable[[Weight], Sequence[str]]:
-        return lambda shard: self.fill_weight(name, shard)
-
-    def _bias_filler(self, name: str, start: int) -> Callable[[Array], Sequence[str]]:
-        def fill(array: Array) -> Sequence[str]:
-            assert self._bias is not None
-            self._bias[start : start + len(array)] = array
-            return (name,)
-
-        return fill
+    def _fill_bias(self, biases: dict[str, Array], name: str, array: Array) -> Sequence[str]:
+        biases[name] = array.astype(np.float32)
+        if len(biases) == len(self._shards):
+            self._bias = self._context.ops.constant(np.concatenate([biases[shard] for shard in self._shards]))
+        return (f"{name}.bias",)
 
     def fill_weight(self, name: str, shard: Weight) -> Sequence[str]:
         """Take one shard; the last one to arrive packs them all and releases their sources."""
@@ -166,15 +167,17 @@ class Linear:
 class RotaryTable:
     """cos | sin of every position met so far; a context of 128k tokens costs nothing before it is used."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int) -> None:
+    def __init__(self, context: Context, rope: RopeConfig, head_dim: int) -> None:
+        self._context = context
         self._rope = rope
         self._head_dim = head_dim
-        self._table: NDArray[np.float32] = np.empty((0, head_dim), np.float32)
+        self._table: Array = np.empty((0, head_dim), np.float32)
 
-    def covering(self, num_positions: int) -> NDArray[np.float32]:
+    def covering(self, num_positions: int) -> Array:
         """[P, D] with P at least num_positions; doubles, so that growing costs no more than the final size twice."""
         if num_positions > len(self._table):
-            self._table = rope_table(self._rope, self._head_dim, max(num_positions, 2 * len(self._table), 512))
+            rows = max(num_positions, 2 * len(self._table), 512)
+            self._table = self._context.ops.constant(rope_table(self._rope, self._head_dim, rows))
         return self._table
 
 
@@ -189,12 +192,12 @@ class Attention:
         self._scale = D**-0.5
         self._eps = config.rms_norm_eps
         self._width = H * D
-        self._norm = RMSNorm(f"{norm}.weight", C, config.rms_norm_eps)
+        self._norm = RMSNorm(context, f"{norm}.weight", C, config.rms_norm_eps)
         shards = {f"{prefix}.q_proj": H * D, f"{prefix}.k_proj": KVH * D, f"{prefix}.v_proj": KVH * D}
         self._qkv = Linear(context, shards, C, bias=config.qkv_bias, role="qkv")
         self._output = Linear(context, {f"{prefix}.o_proj": C}, H * D, bias=config.o_bias, role="o")
-        self._q_norm = RMSNorm(f"{prefix}.q_norm.weight", D, config.rms_norm_eps) if config.qk_norm else None
-        self._k_norm = RMSNorm(f"{prefix}.k_norm.weight", D, config.rms_norm_eps) if config.qk_norm else None
+        self._q_norm = RMSNorm(context, f"{prefix}.q_norm.weight", D, config.rms_norm_eps) if config.qk_norm else None
+        self._k_norm = RMSNorm(context, f"{prefix}.k_norm.weight", D, config.rms_norm_eps) if config.qk_norm else None
 
     def parameters(self) -> Iterator[Parameter]:
         for part in (self._norm, self._qkv, self._output, self._q_norm, self._k_norm):
@@ -205,14 +208,14 @@ class Attention:
     def weight_bytes(self) -> int:
         return self._qkv.nbytes + self._output.nbytes
 
-    def __call__(self, x: Array, batch: Batch, cache: KVCache, rope_table: NDArray[np.float32]) -> Array:
-        """x [T, C] plus attention's output, written over x; rope_table [P, D] covers the batch's positions."""
+    def __call__(self, x: Array, step: Any, cache: KVCache, rope_table: Array) -> Array:
+        """x [T, C] plus attention's output, written over x; rope_table [P, D] covers the step's positions."""
         ops, take, T = self._context.ops, self._context.workspace.take, len(x)
         qkv = self._qkv(self._qkv.prepare_norm(x, self._norm), T)
         q = ops.rope_and_cache(
             qkv,
             rope_table,
-            batch,
+            step,
             cache,
             self._layer,
             q_norm=self._q_norm.weight if self._q_norm else None,
@@ -221,7 +224,7 @@ class Attention:
             out=take("q", (T, self._width), x.dtype),
         )
         out = take("attention", (T, self._width), x.dtype)
-        ops.attention(q, batch, cache, self._layer, scale=self._scale, window=self._window, out=out)
+        ops.attention(q, step, cache, self._layer, scale=self._scale, window=self._window, out=out)
         return self._output(self._output.prepare(out), T, residual=x)
 
 
@@ -230,7 +233,7 @@ class GatedMLP:
 
     def __init__(self, context: Context, config: ModelConfig, prefix: str, norm: str) -> None:
         C, F = config.hidden_size, config.intermediate_size
-        self._norm = RMSNorm(f"{norm}.weight", C, config.rms_norm_eps)
+        self._norm = RMSNorm(context, f"{norm}.weight", C, config.rms_norm_eps)
         shards = {f"{prefix}.gate_proj": F, f"{prefix}.up_proj": F}
         self._gate_up = Linear(context, shards, C, bias=config.mlp_bias, role="gate_up")
         self._down = Linear(context, {f"{prefix}.down_proj": C}, F, bias=config.mlp_bias, role="down")

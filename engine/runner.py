@@ -89,6 +89,7 @@ class ModelRunner:
     def __init__(self, model: Decoder, ops: Ops, plan: CachePlan, dtype: np.dtype[Any]) -> None:
         config = model.config
         self._model = model
+        self._ops = ops
         try:
             self.cache: KVCache = ops.new_kv_cache(
                 num_layers=config.num_layers,
@@ -104,8 +105,13 @@ class ModelRunner:
 
     def hidden(self, batch: Batch) -> Array:
         """Run one step; the hidden states [R, C] of batch.logit_rows, a copy."""
-        return self._model.forward(batch, self.cache)[batch.logit_rows]
+        return self._ops.take_rows(self._model.forward(batch, self.cache), batch.logit_rows)
 
-    def logits(self, hidden: Array, rows: Sequence[int] | slice = slice(None)) -> NDArray[np.float32]:
-        """Logits [r, V] of some rows of `hidden`'s result. Valid until the next call."""
-        return self._model.logits(np.ascontiguousarray(hidden[rows]))
+    def logits(self, hidden: Array, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """Logits [r, V] of some rows of `hidden`'s result, or of all. Valid until the next call.
+
+        Raises NumericalError as `Ops.to_host` does.
+        """
+        if rows is not None:
+            hidden = self._ops.take_rows(hidden, np.asarray(rows, np.int32))
+        return self._ops.to_host(self._model.logits(hidden))

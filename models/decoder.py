@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.config import ModelConfig
 from engine.core import Batch
@@ -26,7 +25,8 @@ class Decoder:
     def __init__(self, config: ModelConfig, context: Context) -> None:
         V, C = config.vocab_size, config.hidden_size
         self.config = config
-        self._rope = RotaryTable(config.rope, config.head_dim)
+        self._ops = context.ops
+        self._rope = RotaryTable(context, config.rope, config.head_dim)
         self._embedding = Embedding(context, "model.embed_tokens.weight", V, C)
         self._layers = [
             (
@@ -36,7 +36,7 @@ class Decoder:
             for layer in range(config.num_layers)
             for prefix in (f"model.layers.{layer}",)
         ]
-        self._norm = RMSNorm("model.norm.weight", C, config.rms_norm_eps)
+        self._norm = RMSNorm(context, "model.norm.weight", C, config.rms_norm_eps)
         self._head = Linear(context, {HEAD: V}, C, bias=False, role="logits")
 
     def parameters(self) -> Iterator[Parameter]:
@@ -70,12 +70,13 @@ class Decoder:
     def forward(self, batch: Batch, cache: KVCache) -> Array:
         """Hidden states [T, C] before the last norm; writes this step's K and V. Valid until the next call."""
         rope_table = self._rope.covering(int(batch.positions.max()) + 1)
-        x = self._embedding(batch.token_ids)
+        step = self._ops.stage(batch)
+        x = self._embedding(step.token_ids)
         for attention, mlp in self._layers:
-            x = attention(x, batch, cache, rope_table)
+            x = attention(x, step, cache, rope_table)
             x = mlp(x)
         return x
 
-    def logits(self, hidden: Array) -> NDArray[np.float32]:
-        """Logits [R, V] of rows [R, C] of `forward`'s result. Valid until the next call."""
+    def logits(self, hidden: Array) -> Array:
+        """Logits float32 [R, V] of rows [R, C] of `forward`'s result. Valid until the next call."""
         return self._head(self._head.prepare_norm(hidden, self._norm), len(hidden), dtype=np.dtype(np.float32))

@@ -98,6 +98,21 @@ class Ops(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Uninitialised memory this backend can write to (64-byte aligned on the CPU)."""
 
+    def constant(self, array: Array) -> Array:
+        """A parameter (norm weight, bias, table) in this backend's memory; on the CPU the array itself."""
+
+    def stage(self, batch: Batch) -> Any:
+        """A step's batch in this backend's memory, as `embed`, `rope_and_cache` and `attention` want it."""
+
+    def take_rows(self, x: Array, rows: NDArray[np.int32]) -> Array:
+        """x[rows] [R, C], a copy; x [T, C], rows [R] on the host."""
+
+    def to_host(self, x: Array) -> NDArray[Any]:
+        """x as NumPy has it, once every operation before is done; no copy on the CPU.
+
+        Raises NumericalError where an operation since the last call met NaN or infinity and could not say so at once.
+        """
+
     def all_finite(self, array: Array) -> bool:
         """Whether no element is NaN or infinite. Any shape; float32, float16, bfloat16."""
 

@@ -77,6 +77,18 @@ class CpuOps:
         start = -raw.ctypes.data % _ALIGNMENT
         return raw[start : start + nbytes].view(dtype).reshape(shape)
 
+    def constant(self, array: Array) -> Array:
+        return array
+
+    def stage(self, batch: Batch) -> Batch:
+        return batch
+
+    def take_rows(self, x: Array, rows: NDArray[np.int32]) -> Array:
+        return x[rows]
+
+    def to_host(self, x: Array) -> NDArray[Any]:
+        return x
+
     def all_finite(self, array: Array) -> bool:
         return self._native.all_finite(array)
 
