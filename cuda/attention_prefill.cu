@@ -1,0 +1,205 @@
+// attention_prefill: paged attention of many rows per sequence on tensor cores; arithmetic as in attention_tile.cuh.
+//
+//   q, out [T, H·D] of T, rows q_stride and out_stride elements apart; H = G · KVH, D a multiple of 8 up to DP
+//   k_cache, v_cache [blocks, KVH, 16, D] of this layer (kv_cache.cuh), of T or E4M3; k_scales, v_scales [KVH] float32
+//   for E4M3, else null;  block_tables [S, table_stride] int32;  items [n, 8] int32, at most 128 rows each (D > 128: 64)
+//   deterministic: 1 joins splits as decode does, 0 takes all tiles as one split
+//
+// Grid (KVH, n): block (i, j) owns item j, rows of one sequence that read KV head i: the group's query heads share each
+// K and V tile. 256 threads (D > 128: 128); warp w owns rows [16 w, + 16) from queries to output and goes over the tiles
+// of 64 tokens that the block's rows see, without those its own rows do not. Queries, weights and sums stay in registers;
+// cp.async brings the next tile while this one is worked on (D > 128: one stage, no overlap within the block).
+//
+// Per tile and warp 128 MMA (D = 128) beside some 350 other operations; 32 KB of K and V serve 128 rows: 8 FLOP a byte
+// of L2 and row. Shared memory: 70 KB at D = 128 in 16 bits, 51 KB in E4M3; D = 256: 68 KB, E4M3 100.4 KB, which parts
+// with 99 KB (sm_86, 89, 120) do not have. Reads K and V of a sequence once per 128 rows.
+//
+// deterministic = 1 makes a row's bits those of attention_decode, whatever the chunk and wherever it is cut. It costs
+// two operations per output element and split: at D = 128 128 per thread, every tile below 1024 tokens (~15 % of a tile's
+// work, where attention itself is little), every second, fourth, eighth from 1024, 4096, 16384 on (~2 %); and the
+// registers that hold the total, which D > 128 keeps in local memory. With 0 only the order of sums differs.
+// Limits: as for decode; 16 rows to a warp, so ldmatrix feeds each MMA: about half of an H200's tensor cores, where a
+// wgmma kernel belongs beside this one for prompts of many thousand tokens.
+// Unproven without hardware: speed; that an MMA row's bits do not depend on the other rows. Reference:
+// ReferenceOps.attention.
+#include "attention_tile.cuh"
+
+template <class T, class KV>
+struct PrefillArgs {
+    const T* q;
+    i64 q_stride;
+    const KV *k_cache, *v_cache;
+    const int* block_tables;
+    int table_stride;
+    const int* items;
+    int H, KVH, D;
+    float scale;
+    int window;
+    const float *k_scales, *v_scales;
+    int deterministic;
+    T* out;
+    i64 out_stride;
+};
+
+// The rows of a warp.
+template <class T, int DP>
+struct PrefillRows {
+    static constexpr int kColumns = DP / 8;  // in eights
+
+    Tokens seen[2];               // by rows g, g + 8
+    int begin, end, first, last;  // tokens that any row sees, that all rows see
+    float c;                      // scores to units of log2
+    u32 queries[DP / 16][4];
+    RowStates rows;
+    float o[kColumns][4] = {};
+    float total_maximum[2] = {kLowest, kLowest}, total_sum[2] = {}, total[kColumns][4] = {};
+
+    __device__ __forceinline__ void add_tile(int tile, u32 k, u32 v) {
+        const int token = tile * kTileTokens;
+        if (token >= end || token + kTileTokens <= begin) return;
+        float s[8][4], rescale[2];
+        score<T, DP>(s, queries, k);
+        if (token < first || token + kTileTokens > last) hide_unseen(s, token, seen);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) rescale[half] = rows.raise(half, largest(s, half), c);
+
+        u32 weights[4][4];
+        float2 sums[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            sums[i] = weigh(s[2 * i], s[2 * i + 1], c, rows.maximum);
+            const uint4 fragment = packed_weights<T>(s[2 * i], s[2 * i + 1]);
+            weights[i][0] = fragment.x, weights[i][1] = fragment.y;
+            weights[i][2] = fragment.z, weights[i][3] = fragment.w;
+        }
+        rows.sum[0] = __fmaf_rn(rows.sum[0], rescale[0], sum_of_four(sums[0].x, sums[1].x, sums[2].x, sums[3].x));
+        rows.sum[1] = __fmaf_rn(rows.sum[1], rescale[1], sum_of_four(sums[0].y, sums[1].y, sums[2].y, sums[3].y));
+        scale_rows(o, rescale);
+        add_values<T, DP>(o, weights, v);
+    }
+
+    // Joins the split to the total and begins another.
+    __device__ __forceinline__ void end_split() {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const JoinFactors by = join_factors(total_maximum[half], rows.maximum[half]);
+            total_sum[half] = join(total_sum[half], sum_of_lanes(rows.sum[half], 4), by);
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i)
+#pragma unroll
+                for (int r = 2 * half; r < 2 * half + 2; ++r) {
+                    total[i][r] = join(total[i][r], o[i][r], by);
+                    o[i][r] = 0.0f;
+                }
+        }
+        rows = RowStates();
+    }
+
+    // One row's output, D elements.
+    __device__ __forceinline__ void store(int half, float value_scale, T* out, int D) const {
+        const float per_sum = __fdiv_rn(value_scale, total_sum[half]);
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+            const int d = 8 * i + 2 * (lane_of_warp() & 3);
+            if (D == DP || d < D)
+                *reinterpret_cast<u32*>(out + d) = Word<T>::pack(finished(total[i][2 * half], per_sum),
+                                                                finished(total[i][2 * half + 1], per_sum));
+        }
+    }
+};
+
+// Brings `tile` into place for all warps and starts on the next. At the first call that tile's copy is under way already,
+// unless there is but one stage to copy into.
+template <class Tiles, int kStages>
+__device__ __forceinline__ void next_tile(const Tiles& tiles, int tile, int end) {
+    const auto copy = [&](int of) {
+        if (of < end) tiles.copy_k(of), tiles.copy_v(of);
+        ptx::cp_async_commit();
+    };
+    if constexpr (Tiles::kNarrow) {
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // all are done with the widened tile before
+        tiles.widen_k(tile), tiles.widen_v(tile);
+        copy(tile + 1);  // over what this thread itself has just widened
+    } else if constexpr (kStages == 2) {
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // all have copied this tile and are done with the one before
+        copy(tile + 1);
+        return;
+    } else {
+        __syncthreads();  // all are done with the tile before
+        copy(tile);
+        ptx::cp_async_wait<0>();
+    }
+    __syncthreads();
+}
+
+template <class T, class KV, int DP>
+__device__ __forceinline__ void attention_prefill(const PrefillArgs<T, KV>& a) {
+    extern __shared__ uint4 attention_shared[];
+    constexpr int kWarps = DP <= 128 ? 8 : 4, kStages = DP <= 128 && sizeof(KV) == 2 ? 2 : 1;
+    using Tiles = KvTiles<T, KV, DP, kWarps, kStages>;
+
+    const AttentionItem item = load_item(a.items, blockIdx.y);
+    const int first_row = 16 * warp_of_block();
+    if (item.rows == 0) return;
+    const int kv_head = blockIdx.x, G = a.H / a.KVH;
+    const Tokens tokens = seen_by_rows(item, 0, item.rows - 1, G, a.window);
+    const int begin = tokens.begin / kTileTokens, end = (tokens.end - 1) / kTileTokens + 1;
+    const Tiles tiles(a.k_cache, a.v_cache, a.block_tables + i64{item.sequence} * a.table_stride, kv_head, a.KVH, a.D,
+                      tokens, reinterpret_cast<unsigned char*>(attention_shared));
+    if (Tiles::kNarrow || kStages == 2) {
+        tiles.copy_k(begin), tiles.copy_v(begin);
+        ptx::cp_async_commit();
+    }
+
+    PrefillRows<T, DP> rows;
+    const T* q[2];
+    T* out[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = first_row + (lane_of_warp() >> 2) + 8 * half;
+        rows.seen[half] = seen_by(item, row, G, a.window);
+        q[half] = row < item.rows ? a.q + row_offset(item, row, G, kv_head, a.D, a.q_stride) : nullptr;
+        out[half] = row < item.rows ? a.out + row_offset(item, row, G, kv_head, a.D, a.out_stride) : nullptr;
+    }
+    load_queries<T, DP>(rows.queries, q[0], q[1], a.D);
+    const int last_row = min(first_row + 15, item.rows - 1);
+    const Tokens of_first = seen_by(item, first_row, G, a.window), of_last = seen_by(item, last_row, G, a.window);
+    rows.begin = of_first.begin, rows.end = first_row < item.rows ? of_last.end : 0;
+    rows.first = of_last.begin, rows.last = of_first.end;
+    rows.c = a.scale * kLog2E * (a.k_scales ? a.k_scales[kv_head] : 1.0f);
+
+    for (int tile = begin; tile < end; ++tile) {
+        next_tile<Tiles, kStages>(tiles, tile, end);
+        if (a.deterministic && tile > begin && first_tile_of_split(split_of_tile(tile)) == tile) rows.end_split();
+        rows.add_tile(tile, tiles.k_tile(tile), tiles.v_tile(tile));
+    }
+    rows.end_split();
+    const float value_scale = a.v_scales ? a.v_scales[kv_head] : 1.0f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+        if (out[half]) rows.store(half, value_scale, out[half], a.D);
+}
+
+// attention_prefill_<q's type>[_e4m3]_<DP>; D up to DP.
+#define ENTRY(name, T, KV, DP)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(DP <= 128 ? 256 : 128)                                                \
+        name(const T* q, i64 q_stride, const KV* k_cache, const KV* v_cache, const int* block_tables,                  \
+             int table_stride, const int* items, int H, int KVH, int D, float scale, int window,                       \
+             const float* k_scales, const float* v_scales, int deterministic, T* out, i64 out_stride) {                \
+        attention_prefill<T, KV, DP>({q, q_stride, k_cache, v_cache, block_tables, table_stride, items, H, KVH, D,     \
+                                      scale, window, k_scales, v_scales, deterministic, out, out_stride});             \
+    }
+ENTRY(attention_prefill_bf16_64, bf16, bf16, 64)
+ENTRY(attention_prefill_bf16_96, bf16, bf16, 96)
+ENTRY(attention_prefill_bf16_128, bf16, bf16, 128)
+ENTRY(attention_prefill_bf16_256, bf16, bf16, 256)
+ENTRY(attention_prefill_f16_64, f16, f16, 64)
+ENTRY(attention_prefill_f16_96, f16, f16, 96)
+ENTRY(attention_prefill_f16_128, f16, f16, 128)
+ENTRY(attention_prefill_f16_256, f16, f16, 256)
+ENTRY(attention_prefill_bf16_e4m3_64, bf16, u8, 64)
+ENTRY(attention_prefill_bf16_e4m3_96, bf16, u8, 96)
+ENTRY(attention_prefill_bf16_e4m3_128, bf16, u8, 128)
+ENTRY(attention_prefill_bf16_e4m3_256, bf16, u8, 256)

@@ -1,0 +1,240 @@
+"""Launches of the attention kernels: which rows go to which kernel, grids, shared memory, scratch.
+
+A step is planned once, from the batch (`plan_attention`), and launched in every layer (`launches`). A row is a (token,
+query head) pair of one KV head's group, as in cuda/attention_tile.cuh. Sequences with few new rows are split along
+their context over many blocks (attention_decode); the others go through attention_prefill, 128 rows to a block. That
+choice follows from the sequence alone, so a batch-mate never changes a result; with `deterministic` the two kernels give
+a row the same bits.
+
+Nothing here allocates or launches: arrays, NumPy's or a device's, are the caller's, and `Launch` says what to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.core import Batch
+from engine.errors import InvalidArgument
+
+I32 = NDArray[np.int32]
+Dim3 = tuple[int, int, int]
+
+DECODE, PREFILL = "attention_decode.cu", "attention_prefill.cu"
+TILE_TOKENS = 64
+DECODE_ROWS = 16  # of an item: one MMA tile
+FUSED_SPLITS = 24  # up to so many splits the decode kernel joins them itself
+NO_WINDOW = 2**31 - 1
+_PADDED = (64, 96, 128, 256)  # head_dims the kernels exist for; others are padded in registers and shared memory
+# A chunk of up to so many rows after a long context: attention_prefill would walk it in one block per KV head.
+_FEW_ROWS, _LONG_CONTEXT = 128, 1024
+_ITEM = 8  # int32 per item: sequence, first_token, position, first_row, rows, first_partial, 0, 0
+
+
+class Launch(NamedTuple):
+    """One kernel launch: file in cuda/, entry point, shape, and arguments (arrays, None, NumPy scalars)."""
+
+    source: str
+    kernel: str
+    grid: Dim3
+    block: Dim3
+    shared: int  # bytes of dynamic shared memory
+    args: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a model's attention layers have in common. Raises InvalidArgument for what no kernel takes."""
+
+    H: int
+    KVH: int
+    D: int
+    dtype: Literal["bf16", "f16"] = "bf16"  # of q, out, and K and V unless these are E4M3
+    kv_e4m3: bool = False
+
+    def __post_init__(self) -> None:
+        if self.KVH < 1 or self.H % self.KVH:
+            raise InvalidArgument(f"{self.H} query heads are not a multiple of {self.KVH} KV heads")
+        if not 8 <= self.D <= _PADDED[-1] or self.D % 8:
+            raise InvalidArgument(f"head_dim must be a multiple of 8 up to {_PADDED[-1]}, not {self.D}")
+        if self.dtype not in ("bf16", "f16") or (self.kv_e4m3 and self.dtype != "bf16"):
+            cache = "E4M3" if self.kv_e4m3 else self.dtype
+            raise InvalidArgument(
+                f"attention on the GPU takes bf16 or f16, or bf16 with an E4M3 cache, not {self.dtype} with {cache}"
+            )
+
+    @property
+    def G(self) -> int:
+        """Query heads that share a KV head."""
+        return self.H // self.KVH
+
+    @property
+    def padded(self) -> int:
+        """The head_dim of the kernel that serves D."""
+        return next(D for D in _PADDED if self.D <= D)
+
+    @property
+    def prefill_rows(self) -> int:
+        """Rows of a prefill block."""
+        return 128 if self.padded <= 128 else 64
+
+    def kernel(self, operation: str) -> str:
+        return f"attention_{operation}_{self.dtype}{'_e4m3' if self.kv_e4m3 else ''}_{self.padded}"
+
+    def shared_bytes(self, operation: Literal["decode", "prefill"]) -> int:
+        """Dynamic shared memory, as KvTiles::kSharedBytes has it."""
+        two_stages = self.padded <= 128 and not (self.kv_e4m3 and operation == "prefill")
+        stages = 2 if two_stages else 1
+        tile = TILE_TOKENS * (self.padded + 8) * 2
+        if self.kv_e4m3:
+            return 2 * stages * TILE_TOKENS * self.padded + 2 * tile
+        return 2 * stages * tile
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionPlan:
+    """A step's rows shared out. The items go to the device; the rest is for launching."""
+
+    decode_items: I32  # [n, 8], see AttentionItem in cuda/attention_tile.cuh
+    prefill_items: I32  # [n, 8]
+    partial_rows: int  # of a decode item, at most
+    num_partials: int
+    most_splits: int  # of a decode item; 0 where there is none
+
+    def partials_size(self, shape: AttentionShape) -> int:
+        """float32 elements of scratch."""
+        return self.num_partials * shape.KVH * self.partial_rows * (shape.D + 2)
+
+    def arrivals_size(self, shape: AttentionShape) -> int:
+        """uint32 elements that are zero before the first launch; every launch leaves them zero."""
+        return len(self.decode_items) * shape.KVH
+
+
+def split_of_tile(tile: int) -> int:
+    """The run of tiles whose results are summed up apart: cuda/attention_tile.cuh."""
+    if tile < 16:
+        return tile
+    if tile < 64:
+        return 8 + tile // 2
+    if tile < 256:
+        return 24 + tile // 4
+    return 56 + tile // 8
+
+
+def num_splits(first_token: int, last_token: int) -> int:
+    """Splits that the tokens of a sequence from first to last touch."""
+    return split_of_tile(last_token // TILE_TOKENS) - split_of_tile(first_token // TILE_TOKENS) + 1
+
+
+def plan_attention(batch: Batch, shape: AttentionShape, window: int | None = None) -> AttentionPlan:
+    """Shares the rows of a batch out among blocks; once per step (and window)."""
+    G = shape.G
+    window = window or NO_WINDOW
+    decode: list[list[int]] = []
+    prefill: list[list[int]] = []
+    num_partials, most_splits = 0, 0
+    for s, context in enumerate(batch.context_lens.tolist()):
+        first_token, stop = batch.query_start[s : s + 2].tolist()
+        rows, position = (stop - first_token) * G, context - (stop - first_token)
+        few = _few_rows(rows, G, context)
+        step = _whole_tokens(DECODE_ROWS if few else shape.prefill_rows, G)
+        for row in range(0, rows, step):
+            item = [s, first_token, position, row, min(step, rows - row), num_partials, 0, 0]
+            if not few:
+                prefill.append(item)
+                continue
+            lowest = max(0, position + row // G - window + 1)
+            splits = num_splits(lowest, position + (row + item[4] - 1) // G)
+            most_splits = max(most_splits, splits)
+            num_partials += splits if splits > 1 else 0
+            decode.append(item)
+    prefill.sort(key=lambda item: -(item[2] + (item[3] + item[4]) // G))  # the longest walks first
+    return AttentionPlan(
+        decode_items=_items(decode),
+        prefill_items=_items(prefill),
+        partial_rows=max((item[4] for item in decode), default=0),
+        num_partials=num_partials,
+        most_splits=most_splits,
+    )
+
+
+def _few_rows(rows: int, G: int, context: int) -> bool:
+    return rows <= max(G, DECODE_ROWS) or (rows <= _FEW_ROWS and context >= _LONG_CONTEXT)
+
+
+def _whole_tokens(rows: int, G: int) -> int:
+    """Rows of an item, at most `rows`: whole tokens where one fits."""
+    return rows // G * G or rows
+
+
+def _items(items: Sequence[Sequence[int]]) -> I32:
+    return np.array(items, np.int32).reshape(-1, _ITEM)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionArrays:
+    """Where a layer's attention reads and writes; rows of q and out may be part of wider ones."""
+
+    q: Any  # [T, H·D]
+    k_cache: Any  # [blocks, KVH, 16, D] of this layer: q's dtype, or uint8 E4M3 codes
+    v_cache: Any
+    block_tables: Any  # [S, B] int32
+    out: Any  # [T, H·D]
+    decode_items: Any  # the plan's, where the kernels can read them
+    prefill_items: Any
+    partials: Any  # float32, plan.partials_size
+    arrivals: Any  # uint32, plan.arrivals_size
+    k_scales: Any = None  # [KVH] float32, with an E4M3 cache: a value is its head's scale times its code
+    v_scales: Any = None
+
+
+def launches(
+    shape: AttentionShape,
+    plan: AttentionPlan,
+    arrays: AttentionArrays,
+    *,
+    scale: float,
+    window: int | None = None,
+    deterministic: bool = False,
+    split_blocks: int | None = None,
+) -> list[Launch]:
+    """The launches that write out, in order.
+
+    scale > 0: of the scores. window: tokens a row sees at most, its own included; the one the plan was made for.
+    split_blocks: blocks that share the splits of an item and head; None: one for each split. It changes no bit.
+    """
+    if not scale > 0:
+        raise InvalidArgument(f"the scale of attention scores must be positive, not {scale}")
+    if window is not None and window < 1:
+        raise InvalidArgument(f"window must be at least 1, not {window}")
+    if shape.kv_e4m3 == (arrays.k_scales is None or arrays.v_scales is None):
+        raise InvalidArgument("k_scales and v_scales belong to an E4M3 cache, and only to one")
+    found: list[Launch] = []
+    head = [arrays.q, _stride(arrays.q), arrays.k_cache, arrays.v_cache, arrays.block_tables]
+    head.append(np.int32(arrays.block_tables.shape[1]))
+    sizes = [np.int32(shape.H), np.int32(shape.KVH), np.int32(shape.D), np.float32(scale)]
+    sizes += [np.int32(window or NO_WINDOW), arrays.k_scales, arrays.v_scales]
+    tail = [arrays.out, _stride(arrays.out)]
+    if n := len(plan.prefill_items):
+        args = [*head, arrays.prefill_items, *sizes, np.int32(deterministic), *tail]
+        block = (256 if shape.padded <= 128 else 128, 1, 1)
+        grid = (shape.KVH, n, 1)
+        found.append(Launch(PREFILL, shape.kernel("prefill"), grid, block, shape.shared_bytes("prefill"), args))
+    if n := len(plan.decode_items):
+        scratch = [arrays.partials, np.int32(plan.partial_rows), arrays.arrivals]
+        args = [*head, arrays.decode_items, *sizes, *scratch, *tail]
+        grid = (split_blocks or plan.most_splits, shape.KVH, n)
+        found.append(Launch(DECODE, shape.kernel("decode"), grid, (128, 1, 1), shape.shared_bytes("decode"), args))
+        if plan.most_splits > FUSED_SPLITS:
+            grid = (plan.partial_rows, shape.KVH, n)
+            found.append(Launch(DECODE, f"attention_join_{shape.dtype}", grid, (64, 1, 1), 0, args))
+    return found
+
+
+def _stride(rows: Any) -> np.int64:
+    """Elements from row to row."""
+    return np.int64(rows.strides[0] // rows.itemsize)
