@@ -13,24 +13,24 @@
 // is also how lanes of a warp that meet in different places are told apart.
 //
 // What is modelled, where the PTX ISA describes it, and how far the model is known to be right:
-//     cp.async, commit_group, wait_group, wait_all   "Data Movement and Conversion: cp.async"     sure; hints ignored
-//     ldmatrix, stmatrix                             "Warp-level matrix load / store"             sure
-//     ld.global.nc, createpolicy, prefetch           "ld.global.nc", "createpolicy", "prefetch"   sure; hints ignored
-//     bar.sync, bar.arrive                           "bar"                                        sure
-//     griddepcontrol, fence, setmaxnreg              "griddepcontrol", "membar / fence"           do nothing here
-//     mma bf16, f16, e4m3                            "Matrix Fragments for mma.m16n8k16, k32"     fragments sure;
-//                                                    rounding as third parties measured it, by architecture
-//     mma s8                                         the same                                     sure, exact
-//     mma.sp bf16, f16 k32; s8 k64                   "Matrix Fragments for sparse mma"            metadata as CUTLASS
-//                                                    arranges it; rounding derived
-//     mma.sp s8 k32                                  the same                                     metadata derived
-//     mma … block_scale, dense and sparse            "Block Scaling for mma.sync"                 CuTe's layouts and
-//                                                    third parties' rounding; selectors unseen on hardware
-//     cvt e4m3x2, e2m1x2, ue8m0x2                    "cvt"                                        sure; NaN and the sign
-//                                                    of UE8M0 as CUDA's headers have it
-//     mbarrier, cp.async.bulk                        "mbarrier", "cp.async.bulk"                  sure; bytes land at once
-//     wgmma                                          "Asynchronous Warpgroup Level Matrix"        layouts as CUTLASS has
-//                                                    them; rounding as third parties measured it; runs at issue
+//     cp.async, commit_group, wait_group, wait_all  "cp.async"                                 sure; hints ignored
+//     ldmatrix, stmatrix                            "ldmatrix", "stmatrix"                     sure
+//     ld.global.nc, createpolicy, prefetch          the same                                   sure; hints ignored
+//     bar.sync, bar.arrive                          "bar"                                      sure
+//     griddepcontrol, fence, setmaxnreg             the same                                   do nothing here
+//     mma bf16, f16, e4m3                           "Matrix Fragments for mma.m16n8k16", k32   fragments sure; rounding
+//                                                   as third parties measured it, by architecture
+//     mma s8                                        the same                                   sure, exact
+//     mma.sp bf16, f16 k32; s8 k64                  "Matrix Fragments for sparse mma"          metadata as CUTLASS
+//                                                   arranges it; rounding derived
+//     mma.sp s8 k32                                 the same                                   metadata derived
+//     mma … block_scale, dense and sparse           "Block Scaling for mma.sync"               CuTe's layouts, third
+//                                                   parties' rounding; selectors unseen on hardware
+//     cvt e4m3x2, e2m1x2, ue8m0x2                   "cvt"                                      sure; NaN, and the sign
+//                                                   of UE8M0's source, as in CUDA's headers
+//     mbarrier, cp.async.bulk                       the same                                   sure; bytes land at once
+//     wgmma                                         "Asynchronous Warpgroup Level Matrix"      layouts as in CUTLASS;
+//                                                   rounding as measured; runs where it is issued
 #pragma once
 
 #include <cstdint>
