@@ -1,0 +1,55 @@
+// prepare_fp4: rows of activations into FP4 in one path: codes and a scale per block, of x, of bf16(rms_norm(x)) or of
+// bf16(silu(gate) · up).
+//
+//   in    as for prepare_sharq: x, x_stride, norm_weight, eps, silu, K, tensor_amax
+//   out   Fp4Matrix's arrays with K rounded up to P, a multiple of 128, without gaps between rows; beyond K zeros:
+//             payload [T, P/2] uint8, scale uint8 [T, P/16] (mxfp4 P/32, hif4 uint32 P/64), g [T] float32
+//         *invalid as for prepare_sharq
+//
+// Grid, block and shared memory as for prepare_sharq. Bytes moved per element with bf16 x: 2 in (silu 4), .56 out for
+// NVFP4. Reference: ReferenceOps.prepare_fp4, bit for bit.
+#include "prepare.cuh"
+
+template <class Format, class Source>
+__device__ __forceinline__ void prepare_fp4(const Source& from, const float* tensor_amax, void* payload, void* scales,
+                                            float* g, int* invalid) {
+    extern __shared__ uint4 made[];
+    __shared__ RowScratch scratch;
+    float row_scale;
+    if (!begin_fp4_row<Format>(from, tensor_amax, made, scratch, g, invalid, row_scale)) return;
+
+    constexpr int block = Format::kBlock;
+    const i64 row = blockIdx.x;
+    const int tiles = ceil_div(from.K, 128) * (128 / kTile);
+    uint2* codes = static_cast<uint2*>(payload) + row * tiles;
+    auto* row_scales = static_cast<typename Format::Scale*>(scales) + row * (tiles * kTile / block);
+    const Divisor divisor(row_scale);
+    // Warps go through together: lanes whose tiles lie beyond the row take part in the shuffles.
+    for (int tile = threadIdx.x; tile - lane_of_warp() < tiles; tile += blockDim.x) {
+        float x[kTile];
+        u32 words[2];
+        fp4_tile<Format>(from, made, kTile * tile, divisor, x);
+        const auto scale = Format::template scale<block>(x);
+        encode(x, scale, words);
+        if (tile >= tiles) continue;
+        codes[tile] = make_uint2(words[0], words[1]);
+        store_scale<block>(row_scales, tile, kTile * tile < from.K, scale.stored);
+    }
+}
+
+#define PARAMETERS(T)                                                                                                  \
+    const T *x, i64 x_stride, const float *norm_weight, float eps, int silu, int K, const float *tensor_amax,          \
+        void *payload, void *scale, float *g, int *invalid
+#define PREPARE(Format, T)                                                                                             \
+    prepare_fp4<Format>(RowSource<T, true>{x, x_stride, norm_weight, eps, silu, K}, tensor_amax, payload, scale, g, invalid)
+#define KERNEL extern "C" __global__ void __launch_bounds__(512)
+
+KERNEL prepare_fp4_nvfp4_bf16(PARAMETERS(bf16)) { PREPARE(Nvfp4, bf16); }
+KERNEL prepare_fp4_nvfp4_f16(PARAMETERS(f16)) { PREPARE(Nvfp4, f16); }
+KERNEL prepare_fp4_nvfp4_f32(PARAMETERS(float)) { PREPARE(Nvfp4, float); }
+KERNEL prepare_fp4_mxfp4_bf16(PARAMETERS(bf16)) { PREPARE(Mxfp4, bf16); }
+KERNEL prepare_fp4_mxfp4_f16(PARAMETERS(f16)) { PREPARE(Mxfp4, f16); }
+KERNEL prepare_fp4_mxfp4_f32(PARAMETERS(float)) { PREPARE(Mxfp4, float); }
+KERNEL prepare_fp4_hif4_bf16(PARAMETERS(bf16)) { PREPARE(Hif4, bf16); }
+KERNEL prepare_fp4_hif4_f16(PARAMETERS(f16)) { PREPARE(Hif4, f16); }
+KERNEL prepare_fp4_hif4_f32(PARAMETERS(float)) { PREPARE(Hif4, float); }
