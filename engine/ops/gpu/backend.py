@@ -1,0 +1,278 @@
+"""The GPU backend: `engine.ops.contract.Ops` as launches of the kernels in cuda/, on a GPU or on the emulator.
+
+Parameters go to the device once, when they are packed; a step's batch once, when it is staged; what comes back is what
+`to_host` is asked for. Kernels meet NaN and infinity where Python does not look: they raise a flag, which `to_host`
+reads with the result, so that a step has one point at which host and device meet.
+
+Activations are bf16 or f16 (the attention kernels have no fp32 form); logits are float32. `sharq_compat` is not done
+here: it is for comparing with the paper and multiplies in NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.core import Batch
+from engine.errors import InvalidArgument, NumericalError
+from engine.fp4_types import Format, Fp4Matrix
+from engine.fp8_types import Fp8Matrix
+from engine.ops.contract import Array, Norm
+from engine.ops.fp4.grades import Grade
+from engine.ops.fp4.split import ScaleRule
+from engine.ops.gpu import launch_attention, launch_rows
+from engine.ops.gpu.device import Device
+from engine.ops.gpu.launch import Launch
+from engine.ops.gpu.launch_attention import AttentionPlan, AttentionShape
+from engine.ops.gpu.launch_rows import Rows
+from engine.ops.reference import ReferenceOps
+
+_I32, _F32 = np.dtype(np.int32), np.dtype(np.float32)
+_ACTIVATIONS = ("bf16", "f16")
+
+
+class StagedBatch:
+    """A step's arrays in device memory, under the names of `Batch`; host: the batch itself."""
+
+    def __init__(self, batch: Batch, device: Device) -> None:
+        self.host = batch
+        self.token_ids = device.upload(batch.token_ids)
+        self.positions = device.upload(batch.positions)
+        self.slot_mapping = device.upload(batch.slot_mapping)
+        self.block_tables = device.upload(batch.block_tables)
+        self.plans: dict[tuple[AttentionShape, int | None], _Planned] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """How one kind of attention layer goes through a step, and its arrays: the same in every such layer."""
+
+    plan: AttentionPlan
+    decode_items: Any
+    prefill_items: Any
+    partials: Any
+    arrivals: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GpuKVCache:
+    """K and V as cuda/kv_cache.cuh has them: [layers, blocks, KVH, 16, D] each."""
+
+    k: Any
+    v: Any
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.k.shape[1])
+
+    @property
+    def block_size(self) -> int:
+        return int(self.k.shape[3])
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.k.nbytes + self.v.nbytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GpuOperand:
+    """Prepared activations: the arrays of `SharqOperand` or `Fp4Matrix` in device memory, K padded to 128.
+
+    In one path the fields are payload and scale; in two, backbone … residual_scale, with meta where the backbone is
+    sparse.
+    """
+
+    format: Format
+    T: int
+    K: int
+    sparse: bool
+    arrays: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "meta":  # a dense backbone has none
+            return self.arrays.get(name)
+        try:
+            return self.arrays[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @property
+    def two_paths(self) -> bool:
+        return "residual" in self.arrays
+
+
+class GpuOps:
+    """`Ops` on one device. deterministic: a token's result is bitwise the same in any batch and any chunk, not only
+    beside any batch-mates; what that costs is the benchmarks' to say."""
+
+    kv_block_size = 16
+
+    def __init__(self, device: Device, *, deterministic: bool = False) -> None:
+        self.device = device
+        self.deterministic = deterministic
+        self.kernel_path = device.name + (", deterministic" if deterministic else "")
+        self._host = ReferenceOps()  # for what happens once, before weights are uploaded
+        self._invalid = device.zeros((1,), _I32)  # 1 + a row that a preparation met NaN or infinity in
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        return self.device.empty(shape, np.dtype(dtype))
+
+    def constant(self, array: Array) -> Array:
+        return self.device.upload(np.ascontiguousarray(array))
+
+    def stage(self, batch: Batch) -> StagedBatch:
+        return StagedBatch(batch, self.device)
+
+    def take_rows(self, x: Array, rows: NDArray[np.int32]) -> Array:
+        out = self.empty((len(rows), x.shape[1]), x.dtype)
+        if len(rows):
+            self._run(launch_rows.embed(x, self.device.upload(np.ascontiguousarray(rows, np.int32)), out))
+        return out
+
+    def to_host(self, x: Array) -> NDArray[Any]:
+        host = self.device.download(x)
+        row = int(self.device.download(self._invalid)[0])
+        if row:
+            self._invalid = self.device.zeros((1,), _I32)
+            raise NumericalError(f"row {row - 1} of a layer's input holds NaN or infinity, or becomes infinite in bf16")
+        return host
+
+    def all_finite(self, array: Array) -> bool:
+        return self._host.all_finite(array)
+
+    def new_kv_cache(
+        self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+    ) -> GpuKVCache:
+        shape = (num_layers, num_blocks, num_kv_heads, self.kv_block_size, head_dim)
+        return GpuKVCache(self.device.zeros(shape, np.dtype(dtype)), self.device.zeros(shape, np.dtype(dtype)))
+
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def embed(self, table: Array, token_ids: NDArray[np.int32], *, out: Array) -> Array:
+        return self._into(out, launch_rows.embed(table, token_ids, out))
+
+    def rms_norm(self, x: Array, weight: NDArray[np.float32], eps: float, *, out: Array) -> Array:
+        return self._into(out, launch_rows.rms_norm(x, weight, eps, out))
+
+    def silu_mul(self, gate_up: Array, *, out: Array) -> Array:
+        return self._into(out, launch_rows.silu_mul(gate_up, out))
+
+    def rope_and_cache(
+        self,
+        qkv: Array,
+        rope_table: NDArray[np.float32],
+        batch: Any,
+        cache: Any,
+        layer: int,
+        *,
+        q_norm: NDArray[np.float32] | None,
+        k_norm: NDArray[np.float32] | None,
+        eps: float,
+        out: Array,
+    ) -> Array:
+        k, v = cache.k[layer], cache.v[layer]
+        args = (qkv, rope_table, batch.positions, batch.slot_mapping, q_norm, k_norm, eps, out, k, v)
+        return self._into(out, launch_rows.rope_and_cache(*args))
+
+    def attention(
+        self, q: Array, batch: Any, cache: Any, layer: int, *, scale: float, window: int | None, out: Array
+    ) -> Array:
+        _, _, KVH, _, D = cache.k.shape
+        shape = AttentionShape(q.shape[1] // D, KVH, D, self._activation(q))
+        planned = self._planned(batch, shape, window)
+        arrays = launch_attention.AttentionArrays(
+            q=q,
+            k_cache=cache.k[layer],
+            v_cache=cache.v[layer],
+            block_tables=batch.block_tables,
+            out=out,
+            decode_items=planned.decode_items,
+            prefill_items=planned.prefill_items,
+            partials=planned.partials,
+            arrivals=planned.arrivals,
+        )
+        launches = launch_attention.launches(
+            shape, planned.plan, arrays, scale=scale, window=window, deterministic=self.deterministic
+        )
+        return self._into(out, *launches)
+
+    def _planned(self, batch: StagedBatch, shape: AttentionShape, window: int | None) -> _Planned:
+        key = (shape, window)
+        if key not in batch.plans:
+            plan = launch_attention.plan_attention(batch.host, shape, window)
+            batch.plans[key] = _Planned(
+                plan,
+                self.device.upload(plan.decode_items),
+                self.device.upload(plan.prefill_items),
+                self.device.empty((max(1, plan.partials_size(shape)),), _F32),
+                self.device.zeros((max(1, plan.arrivals_size(shape)),), np.dtype(np.uint32)),
+            )
+        return batch.plans[key]
+
+    # ---- activations in FP4 and FP8 ----------------------------------------------------------------------------------
+
+    def prepare_sharq(
+        self,
+        x: Array,
+        *,
+        format: Format = "nvfp4",
+        sparse: bool = True,
+        scale: ScaleRule = "token",
+        norm: Norm | None = None,
+        silu: bool = False,
+    ) -> GpuOperand:
+        rows = Rows(x, norm, silu)
+        operand = self._operand(format, rows, launch_rows.sharq_shapes(format, sparse, rows.T, rows.K), sparse)
+        self._run(launch_rows.prepare_sharq(rows, operand, self._amax(rows, scale), self._invalid))
+        return operand
+
+    def prepare_fp4(
+        self,
+        x: Array,
+        *,
+        format: Format = "nvfp4",
+        scale: ScaleRule = "token",
+        norm: Norm | None = None,
+        silu: bool = False,
+    ) -> GpuOperand:
+        rows = Rows(x, norm, silu)
+        operand = self._operand(format, rows, launch_rows.fp4_shapes(format, rows.T, rows.K), False)
+        self._run(launch_rows.prepare_fp4(rows, operand, self._amax(rows, scale), self._invalid))
+        return operand
+
+    def quantize_weight(self, w: Array, *, format: Format, block: int, grade: Grade) -> Fp4Matrix:
+        return self._host.quantize_weight(w, format=format, block=block, grade=grade)
+
+    def _operand(self, format: Format, rows: Rows, shapes: dict[str, Any], sparse: bool) -> GpuOperand:
+        arrays = {name: self.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        return GpuOperand(format, rows.T, rows.K, sparse, arrays)
+
+    def _amax(self, rows: Rows, scale: ScaleRule) -> Any:
+        if scale == "token":
+            return None
+        amax = self.device.zeros((1,), _F32)
+        self._run(launch_rows.prepare_amax(rows, amax, self._invalid))
+        return amax
+
+    # ---- launching ---------------------------------------------------------------------------------------------------
+
+    def _activation(self, x: Array) -> Any:
+        """Raises InvalidArgument for a dtype that the kernels do not have."""
+        name = launch_rows.type_name(x.dtype)
+        if name not in _ACTIVATIONS:
+            raise InvalidArgument(f"activations on the GPU are bfloat16 or float16, not {x.dtype}; choose with dtype=")
+        return name
+
+    def _into(self, out: Array, *launches: Launch) -> Array:
+        for launch in launches:
+            self._run(launch)
+        return out
+
+    def _run(self, launch: Launch) -> None:
+        self.device.launch(launch)
