@@ -145,7 +145,7 @@ void Block::wait(State state, Site site, unsigned waits_for) {
 
 /// Leaves the running thread, which has been filed away, for the ready one of highest priority.
 void Block::resume_next() {
-    if (watchdog_expired) report_time_limit();
+    if (watchdog_expired) report_time_limit(kernel_pc());
     if (polling_) poll();
     if (!ready_warps_ && resting_) end_rest();
     if (!ready_warps_) report_deadlock();
@@ -221,9 +221,7 @@ void Block::meet(unsigned mask, void* mine, WarpModel model, Site site) {
         return wait(State::meeting, site, mask);
     }
     meeting.arrived = 0;
-    model_site = &site;
     model(meeting.lanes);
-    model_site = nullptr;
     warp.waiting &= ~mask;
     for (unsigned rest = mask & ~bit; rest; rest &= rest - 1) make_ready(threads_[thread.warp * kLanes + lowest(rest)]);
 }

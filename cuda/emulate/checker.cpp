@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "block.h"
-#include "image.h"
 #include "report.h"
 #include "shared.h"
 
@@ -17,8 +16,6 @@ Checker checker;
 #if EMU_CHECKED
 
 namespace {
-
-constexpr uint32_t kSiteBit = 0x80000000u;  // a place is an index into the sites, or an offset from the module's start
 
 inline Thread& self() { return *static_cast<Thread*>(current); }
 
@@ -37,12 +34,10 @@ const char* verb(Access kind) {
 // --- Launches and blocks --------------------------------------------------------------------------------------------
 
 void Checker::begin_launch(const Launch& launch) {
-    image_ = image_of(launch.module);
     runtime_ = image_of(this);
     shared_nodes_.assign(1, {});
     global_nodes_.assign(1, {});
     shared_free_ = global_free_ = 0;
-    sites_.clear();
     released_to_blocks_.clear();
     globals_.clear();
     last_global_ = nullptr;
@@ -103,14 +98,15 @@ void Checker::unmap_history(History& history) {
 
 // --- One access -----------------------------------------------------------------------------------------------------
 
-void Checker::access(const void* pointer, size_t bytes, Access kind, unsigned thread, const void* pc, const Site* site) {
-    if (watchdog_expired) report_time_limit();
+void Checker::access(const void* pointer, size_t bytes, Access kind, unsigned thread, const void* pc) {
+    if (watchdog_expired) report_time_limit(kernel_pc());
     auto* at = static_cast<const std::byte*>(pointer);
     if (block.stacks().contains(at) || runtime_.contains(at)) return;  // its own variables, threadIdx
+    auto place = uint32_t(static_cast<const std::byte*>(pc) - kernel_image.begin);
     if (shared_memory.contains(at)) {
-        access_shared({at, bytes, kind, thread, place_of(pc, site)});
-    } else if (!image_.contains(at)) {
-        access_global({at, bytes, kind, thread, place_of(pc, site)});
+        access_shared({at, bytes, kind, thread, place});
+    } else if (!kernel_image.contains(at)) {  // its constants and __device__ tables are not checked
+        access_global({at, bytes, kind, thread, place});
     }
 }
 
@@ -158,7 +154,7 @@ void Checker::touch(const Now& now, History& history, size_t word, uint8_t mask)
             if (!in_flight) {
                 Now byte = now;
                 byte.pointer = history.base + word * 4 + __builtin_ctz(missing);
-                fail("uninitialised: %s, which no thread of this block has written", name_of_access(byte).c_str());
+                fail("uninitialised: %s, which no thread of this block has written yet", name_of_access(byte).c_str());
             }
         }
     }
@@ -219,8 +215,8 @@ uint32_t Checker::new_node(History& history) {
 
 // --- Asynchronous writes --------------------------------------------------------------------------------------------
 
-void Checker::begin_write(const void* pointer, size_t bytes, Site site) {
-    access(pointer, bytes, Access::in_flight, self().id, nullptr, &site);
+void Checker::begin_write(const void* pointer, size_t bytes) {
+    access(pointer, bytes, Access::in_flight, self().id, kernel_pc());
 }
 
 void Checker::end_write(const void* pointer, size_t bytes) {
@@ -298,7 +294,7 @@ void Checker::release(const void* object) {
     known[self().id] = ++now_;
     take_maximum(released_[object], known);
     auto* at = static_cast<const std::byte*>(object);
-    if (shared_memory.contains(at) || image_.contains(at)) return;  // no other block's business
+    if (shared_memory.contains(at) || kernel_image.contains(at)) return;  // no other block's business
     BlockSet& blocks = released_to_blocks_[object];
     blocks.resize(known_blocks_.size());
     for (size_t b = 0; b < blocks.size(); ++b) blocks[b] = blocks[b] || known_blocks_[b] || b == block_;
@@ -321,20 +317,7 @@ void Checker::atomic_order(const void* pointer) {
 
 // --- Reports --------------------------------------------------------------------------------------------------------
 
-uint32_t Checker::place_of(const void* pc, const Site* site) {
-    if (!site) return uint32_t(static_cast<const std::byte*>(pc) - image_.begin);
-    for (size_t i = sites_.size(); i-- > 0;) {
-        if (sites_[i].line == site->line && sites_[i].file == site->file) return uint32_t(i) | kSiteBit;
-    }
-    sites_.push_back(*site);
-    return uint32_t(sites_.size() - 1) | kSiteBit;
-}
-
-std::string Checker::name_of_place(uint32_t place) const {
-    if (!(place & kSiteBit)) return name_of_pc(image_.begin + place);
-    const Site& site = sites_[place & ~kSiteBit];
-    return std::string(site.file) + ":" + std::to_string(site.line);
-}
+std::string Checker::name_of_place(uint32_t place) const { return name_of_pc(kernel_image.begin + place); }
 
 std::string Checker::name_of_memory(const std::byte* pointer) const {
     if (shared_memory.contains(pointer)) return shared_memory.describe(shared_memory.offset(pointer));

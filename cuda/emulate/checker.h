@@ -37,8 +37,8 @@ public:
     void begin_block(unsigned linear_index, unsigned threads);
     void end_launch();
 
-    /// Reports and ends the launch if this access of the block's thread `thread` is wrong. `pc` or `site` says where.
-    void access(const void* pointer, size_t bytes, Access kind, unsigned thread, const void* pc, const Site* site);
+    /// Reports and ends the launch if this access of the block's thread `thread`, made at `pc`, is wrong.
+    void access(const void* pointer, size_t bytes, Access kind, unsigned thread, const void* pc);
 
     // Synchronisation. The calling thread, or the lanes of its warp.
     void sync_block();
@@ -49,12 +49,13 @@ public:
     void atomic_order(const void* pointer);
 
     // Asynchronous writes of the calling thread: in flight, then done.
-    void begin_write(const void* pointer, size_t bytes, Site site);
+    void begin_write(const void* pointer, size_t bytes);
     void end_write(const void* pointer, size_t bytes);
 
 private:
     struct Node {
-        uint32_t next, time, block, place;
+        uint32_t next, time, block;
+        uint32_t place;  // its code, from the start of the kernels' module
         uint16_t thread;
         uint8_t mask;  // bytes of the word
         Access kind;
@@ -97,7 +98,6 @@ private:
     Row known_to(unsigned thread) const;
     void join(const std::vector<unsigned>& group);
 
-    uint32_t place_of(const void* pc, const Site* site);
     std::string name_of_place(uint32_t place) const;
     std::string name_of_memory(const std::byte* pointer) const;
     std::string name_of_access(const Now& now) const;
@@ -120,8 +120,6 @@ private:
     uint32_t shared_free_ = 0, global_free_ = 0;
     std::vector<Global> globals_;   // by address
     Global* last_global_ = nullptr;
-    std::vector<Site> sites_;
-    Image image_;    // the kernels' module: its constants and __device__ tables are not checked
     Image runtime_;  // this library
 };
 
@@ -137,7 +135,7 @@ struct Checker {  // the fast build's: nothing
     void acquire(const void*) {}
     void fence() {}
     void atomic_order(const void*) {}
-    void begin_write(const void*, size_t, Site) {}
+    void begin_write(const void*, size_t) {}
     void end_write(const void*, size_t) {}
 };
 

@@ -1,5 +1,6 @@
-// What the compiler calls in a checking build. -fsanitize=thread puts a call before every load and store of the kernels;
-// libtsan is not linked, these functions take the calls.
+// What the compiler calls in a checking build. -fsanitize=thread puts a call before every load and store of the kernels,
+// -fsanitize=alignment,bounds one where a pointer or an index breaks its type's promise. Neither libtsan nor libubsan is
+// linked: these functions take the calls.
 #if EMU_CHECKED
 
 #include <cstddef>
@@ -16,9 +17,9 @@ inline void access(void* pointer, size_t bytes, size_t alignment, emu::Access ki
     if (!emu::current) return;
     auto& thread = *static_cast<emu::Thread*>(emu::current);
     if (reinterpret_cast<uintptr_t>(pointer) % alignment) {
-        emu::fail("misaligned: %zu bytes at address %p, %s", bytes, pointer, emu::name_of_pc(pc).c_str());
+        emu::fail("misaligned: %zu bytes at address %p", bytes, pointer);
     }
-    emu::checker.access(pointer, bytes, kind, thread.id, pc, nullptr);
+    emu::checker.access(pointer, bytes, kind, thread.id, pc);
 }
 
 } // namespace
@@ -47,6 +48,25 @@ void __tsan_vptr_read(void**) {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}
+
+// -fsanitize=alignment,bounds: what the types promise of a pointer, and the sizes of arrays within arrays.
+struct Place {
+    const char* file;
+    uint32_t line, column;
+};
+struct Type {
+    uint16_t kind, information;
+    char name[1];
+};
+void __ubsan_handle_type_mismatch_v1_abort(const Place* place, uintptr_t pointer) {
+    if (!emu::current) return;
+    const Type* type = *reinterpret_cast<const Type* const*>(place + 1);
+    emu::fail_at({place->file, int(place->line)}, "misaligned: %s at address 0x%zx", type->name, size_t(pointer));
+}
+void __ubsan_handle_out_of_bounds_abort(const Place* place, uintptr_t index) {
+    const Type* array = *reinterpret_cast<const Type* const*>(place + 1);
+    emu::fail_at({place->file, int(place->line)}, "out of bounds: index %zd of %s", ptrdiff_t(index), array->name);
+}
 }
 
 #endif

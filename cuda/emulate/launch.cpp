@@ -22,22 +22,27 @@ namespace emu {
 
 namespace {
 
-Image kernel_code;
+/// Where a signal interrupted the kernel's own code; null if it was elsewhere.
+const void* interrupted_kernel(void* context) {
+#if defined(__x86_64__)
+    auto pc = reinterpret_cast<std::byte*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+    if (current && kernel_image.contains(pc)) return pc + 1;  // as if a call returned behind it
+#endif
+    return nullptr;
+}
 
 /// A wild or misaligned access in a kernel ends the launch with a report instead of the process.
-void on_fault(int signal, siginfo_t* info, void*) {
+void on_fault(int signal, siginfo_t* info, void* context) {
     const char* what = signal == SIGFPE ? "integer division by zero or overflow, at" : "access to address";
-    fail("fault: %s %p (no such memory, misaligned, or a full stack); a checking build says more", what, info->si_addr);
+    fail_in_kernel(interrupted_kernel(context), "fault: %s %p (no such memory, misaligned, or a full stack)", what,
+                   info->si_addr);
 }
 
 /// Sets the flag that every switch looks at, and ends the launch from here if the kernel's own code is running: a loop
 /// without a switch would never look. The runtime's code is not interrupted, it may hold malloc's lock.
 void on_watchdog(int, siginfo_t*, void* context) {
     watchdog_expired = true;
-#if defined(__x86_64__)
-    auto pc = static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP];
-    if (current && kernel_code.contains(reinterpret_cast<void*>(pc))) report_time_limit();
-#endif
+    if (const void* pc = interrupted_kernel(context)) report_time_limit(pc);
 }
 
 /// Signal handlers and the timer for the duration of one launch. Whoever had them before gets them back.
@@ -116,7 +121,7 @@ int emu_launch(const emu::Launch* launch) {
     using namespace emu;
     begin_report(*launch);
     shared_memory.locate(*launch);
-    kernel_code = image_of(launch->module);
+    kernel_image = image_of(launch->module);
     checker.begin_launch(*launch);
     bool complete;
     {

@@ -9,7 +9,7 @@
 
 namespace emu {
 
-const Site* model_site = nullptr;
+Image kernel_image;
 volatile bool watchdog_expired = false;
 
 namespace {
@@ -20,7 +20,7 @@ std::string triple(uint3 v) {
     return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
 }
 
-[[noreturn]] void finish(const std::string& where, const char* format, va_list arguments) {
+[[noreturn]] void finish(const std::string& where, const void* pc, const char* format, va_list arguments) {
     char sentence[3000];
     std::vsnprintf(sentence, sizeof sentence, format, arguments);
     if (!current) {  // a model used outside a launch: nobody to report to
@@ -28,9 +28,9 @@ std::string triple(uint3 v) {
         std::abort();
     }
     auto& thread = *static_cast<Thread*>(current);
-    std::snprintf(reported->report, reported->report_bytes, "%s%s\n  in kernel %s, block %s, %s", where.c_str(), sentence,
-                  reported->kernel->name, triple(launched.block_index).c_str(), name_of(thread).c_str());
-    model_site = nullptr;
+    std::string place = pc ? "\n  at " + name_of_pc(pc) : "";
+    std::snprintf(reported->report, reported->report_bytes, "%s%s\n  in kernel %s, block %s, %s%s", where.c_str(), sentence,
+                  reported->kernel->name, triple(launched.block_index).c_str(), name_of(thread).c_str(), place.c_str());
     block.leave();
 }
 
@@ -41,21 +41,39 @@ void begin_report(const Launch& launch) {
     launch.report[0] = 0;
 }
 
-bool has_report() { return reported->report[0] != 0; }
-
 void fail(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    finish(model_site ? std::string(model_site->file) + ":" + std::to_string(model_site->line) + ": " : "", format, arguments);
+    finish("", kernel_pc(), format, arguments);
 }
 
 void fail_at(Site site, const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    finish(std::string(site.file) + ":" + std::to_string(site.line) + ": ", format, arguments);
+    finish(std::string(site.file) + ":" + std::to_string(site.line) + ": ", kernel_pc(), format, arguments);
 }
 
-void report_time_limit() { fail("the time limit of %g s is over: the kernel never ends, or needs more", reported->time_limit); }
+void fail_in_kernel(const void* pc, const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    finish("", pc, format, arguments);
+}
+
+void report_time_limit(const void* pc) {
+    fail_in_kernel(pc, "the time limit of %g s is over: the kernel never ends, or needs more", reported->time_limit);
+}
+
+/// The runtime is compiled with frame pointers: each frame starts with the caller's frame and the return address.
+const void* kernel_pc() {
+    auto* frame = static_cast<void* const*>(__builtin_frame_address(0));
+    while (block.stacks().contains(frame)) {
+        if (kernel_image.contains(frame[1])) return frame[1];
+        auto* caller = static_cast<void* const*>(frame[0]);
+        if (caller <= frame) break;
+        frame = caller;
+    }
+    return nullptr;
+}
 
 std::string name_of(const Thread& thread) { return "thread " + triple(thread.index); }
 

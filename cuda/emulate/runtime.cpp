@@ -74,18 +74,12 @@ void* shared_pointer(uint32_t offset) {
 // --- Accesses that models make --------------------------------------------------------------------------------------
 
 #if EMU_CHECKED
-static void note(const void* pointer, size_t bytes, Access kind, unsigned lane, const void* pc) {
-    checker.access(pointer, bytes, kind, self().warp * kLanes + lane, pc, model_site);
+static void note(const void* pointer, size_t bytes, Access kind, unsigned lane) {
+    checker.access(pointer, bytes, kind, self().warp * kLanes + lane, kernel_pc());
 }
-void note_read(const void* pointer, size_t bytes, unsigned lane) {
-    note(pointer, bytes, Access::read, lane, __builtin_return_address(0));
-}
-void note_write(const void* pointer, size_t bytes, unsigned lane) {
-    note(pointer, bytes, Access::write, lane, __builtin_return_address(0));
-}
-void note_atomic(const void* pointer, size_t bytes, unsigned lane) {
-    note(pointer, bytes, Access::atomic, lane, __builtin_return_address(0));
-}
+void note_read(const void* pointer, size_t bytes, unsigned lane) { note(pointer, bytes, Access::read, lane); }
+void note_write(const void* pointer, size_t bytes, unsigned lane) { note(pointer, bytes, Access::write, lane); }
+void note_atomic(const void* pointer, size_t bytes, unsigned lane) { note(pointer, bytes, Access::atomic, lane); }
 #else
 void note_read(const void*, size_t, unsigned) {}
 void note_write(const void*, size_t, unsigned) {}
@@ -122,11 +116,8 @@ void async_copy(void* dst, const void* src, size_t bytes, size_t zero_fill_bytes
     if (size && (shared_offset(dst) % size || (bytes && reinterpret_cast<uintptr_t>(src) % size))) {
         fail_at(site, "asynchronous copy of %zu bytes: an address is not a multiple of that", size);
     }
-    const Site* outer = model_site;
-    model_site = &site;
     if (bytes) note_read(src, bytes, self().lane);
-    checker.begin_write(dst, size, site);
-    model_site = outer;
+    checker.begin_write(dst, size);
     AsyncCopy copy{dst, src, bytes, zero_fill_bytes, self().group};
     if (!block.lazy_copies()) carry_out(copy);
     self().copies.push_back(copy);
@@ -141,7 +132,7 @@ void async_wait(unsigned pending_groups, Site) {
 
 void async_wait_all(Site) { land_before(self().group + 1); }
 
-void async_write_begin(void* dst, size_t bytes, Site site) { checker.begin_write(dst, bytes, site); }
+void async_write_begin(void* dst, size_t bytes, Site) { checker.begin_write(dst, bytes); }
 void async_write_end(void* dst, size_t bytes) { checker.end_write(dst, bytes); }
 
 } // namespace emu

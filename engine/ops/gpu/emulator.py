@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import DeviceError, InvalidArgument, KernelFault
+from engine.errors import InvalidArgument, KernelFault
 from engine.ops.gpu import elf, sources
 from engine.ops.gpu.host_build import Architecture, HostBuild
 
@@ -143,13 +143,13 @@ class Kernel:
 class EmulatedModule:
     """The kernels of one .cu file, compiled for this CPU. Launches in one process run one after another."""
 
-    def __init__(self, runtime: Path, library: Path, arch: Architecture, checked: bool) -> None:
-        """Loads compiled libraries; `compile` makes them."""
+    def __init__(self, library: Path, arch: Architecture, checked: bool) -> None:
+        """Loads a compiled library; `compile` makes it."""
         self.arch = arch
         self.checked = checked
         self._path = library
         self._library = ctypes.CDLL(str(library))
-        self._run = ctypes.CDLL(str(runtime)).emu_launch
+        self._run = self._library.emu_launch  # the runtime's, which the library needs and so loads
         self._run.argtypes = (ctypes.POINTER(_Launch),)
         self._module = _Module.in_dll(self._library, "emu_module")
         self._entries = {_text(entry.name): entry for entry in self._module.kernels[: self._module.kernel_count]}
@@ -170,10 +170,7 @@ class EmulatedModule:
         if path.name == str(source):
             path = sources.cuda_directory() / path
         build = HostBuild(path, Architecture.parse(arch), checked, tuple(defines))
-        try:
-            return cls(*build.library(), build.arch, checked)
-        except OSError:  # a damaged file in the cache: made anew, and if that does not load either, the caller hears
-            return cls(*build.library(anew=True), build.arch, checked)
+        return cls(build.library(), build.arch, checked)
 
     def launch(
         self,
@@ -244,7 +241,7 @@ class EmulatedModule:
             return f"code address {match[1]} of {self._path.name} (install binutils to see the line)"
         command = [tool, "-i", "-e", str(self._path), match[1]]
         lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")
-        places = [line.split(" (discriminator")[0].removeprefix("./") for line in lines if line]
+        places = [re.sub(r"^(\./)+| \(discriminator.*", "", line) for line in lines if line]
         return places[0] + "".join(f" (in {place})" for place in places[1:])
 
 
@@ -272,7 +269,9 @@ class _Arguments:
                 raise InvalidArgument(f"{what} has {parameter.bytes} bytes (kind {kinds}); {value.dtype} does not fit")
             data = value.tobytes()
         else:
-            raise InvalidArgument(f"{what} is a value of {parameter.bytes} bytes: give a NumPy scalar, not {value!r:.80}")
+            raise InvalidArgument(
+                f"{what} is a value of {parameter.bytes} bytes: give a NumPy scalar, not {value!r:.80}"
+            )
         return ctypes.create_string_buffer(data, len(data))
 
     def _address(self, what: str, parameter: Parameter, value: Argument) -> int:
@@ -286,7 +285,9 @@ class _Arguments:
             raise InvalidArgument(f"{what}: an array of strides {value.strides} is neither contiguous nor rows")
         address = value.ctypes.data
         if value.size:
-            extent = sum((n - 1) * stride for n, stride in zip(value.shape, value.strides, strict=True)) + value.itemsize
+            extent = (
+                sum((n - 1) * stride for n, stride in zip(value.shape, value.strides, strict=True)) + value.itemsize
+            )
             self._spans.append((address, address + extent, what.split(" of ")[0], writable))
         return address
 
@@ -310,6 +311,3 @@ def _kernel(entry: _KernelEntry) -> Kernel:
     types = entry.types[: entry.arguments]
     parameters = tuple(Parameter(_text(t.kind), int(t.bytes)) for t in types)
     return Kernel(_text(entry.name), parameters, int(entry.max_threads))
-
-
-__all__ = ["SCHEDULES", "DeviceError", "EmulatedModule", "Kernel", "Order", "Parameter", "Schedule"]

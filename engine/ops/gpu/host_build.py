@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.cache_directory import cache_directory
 from engine.errors import DeviceError
 from engine.ops.gpu import elf, ptx_rewrite, sources
 
@@ -51,7 +52,11 @@ KERNEL_FLAGS = (
     "-Wno-attributes",
     "-Wno-unknown-pragmas",  # unroll
 )
-CHECKING_FLAGS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-g1")
+CHECKING_FLAGS = (
+    "-fsanitize=thread,alignment,bounds",  # cuda/emulate/hooks.cpp takes the calls
+    "-fno-sanitize-recover=all",
+    "--param=tsan-instrument-func-entry-exit=0",
+)
 GAP_BYTES = 256  # between shared arrays of a checking build: an overflow by up to this much is seen as one
 # Dynamic shared memory a block may ask for (CUDA C++ Programming Guide, table of technical specifications).
 SHARED_LIMITS = {70: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
@@ -89,13 +94,6 @@ class Architecture:
         return (f"EMU_CUDA_ARCH={self.number * 10}", *own)
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: $ENGINE_CACHE_DIR, else sharq-engine in the user's cache folder."""
-    if folder := os.environ.get("ENGINE_CACHE_DIR"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sharq-engine"
-
-
 def compiler() -> tuple[str, ...]:
     """The host's C++ compiler: $CXX, else g++ or c++. Raises DeviceError where there is none."""
     for command in (os.environ.get("CXX"), "g++", "c++"):
@@ -114,8 +112,8 @@ class HostBuild:
     checked: bool
     defines: tuple[str, ...]
 
-    def library(self, anew: bool = False) -> tuple[Path, Path]:
-        """(runtime, module): paths of the two shared libraries, compiled unless they are cached.
+    def library(self) -> Path:
+        """The shared library, compiled unless it is cached. It needs the runtime's, which lies beside it.
 
         Raises DeviceError with the compiler's log if that fails.
         """
@@ -123,13 +121,9 @@ class HostBuild:
             raise DeviceError(f"running CUDA kernels on the CPU works on Linux only, not on {sys.platform}")
         runtime = _Runtime(self.checked)
         texts = {name: _rewritten(name, path) for name, path in sources.local_files(self.source).items()}
-        key = _digest(runtime.key, _text_of(Path(__file__)), self.arch, self.defines, sorted(texts.items()))
-        target = cache_directory() / "emulator" / f"{self.source.stem}-{key}.so"
-        if anew or not runtime.path.exists():
-            _publish(runtime.path, runtime.build)
-        if anew or not target.exists():
-            _publish(target, lambda folder: self._build(folder, texts, runtime.path))
-        return runtime.path, target
+        key = _digest(runtime.key, Path(__file__).read_text(), self.arch, self.defines, sorted(texts.items()))
+        library = _cached(f"runtime-{runtime.key}", runtime.build)
+        return _cached(f"{self.source.stem}-{key}", lambda folder: self._build(folder, texts, library))
 
     def _build(self, folder: Path, texts: dict[str, str], runtime: Path) -> Path:
         for name, text in texts.items():
@@ -137,7 +131,13 @@ class HostBuild:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         own_name = next(iter(texts))  # relative, as all names from here on: they end up in reports
-        flags = [*FLAGS, *KERNEL_FLAGS, *(CHECKING_FLAGS if self.checked else ()), f"-fdebug-prefix-map={folder}=."]
+        flags = [
+            "-g1",
+            *FLAGS,
+            *KERNEL_FLAGS,
+            *(CHECKING_FLAGS if self.checked else ()),
+            f"-fdebug-prefix-map={folder}=.",
+        ]
         defines = [f"-D{name}" for name in (*self.arch.defines, *self.defines)]
         preprocess = [*_includes(), *defines, "-include", "emulate/simt.h", "-x", "c++", "-E", own_name]
         _run([*flags, *preprocess, "-o", "kernels.ii"], folder)
@@ -149,8 +149,8 @@ class HostBuild:
         _run(["-c", "kernels.s", "-o", "kernels.o"], folder)
         undefined = [symbol.name for symbol in elf.tls_symbols(folder / "kernels.o") if not symbol.defined]
         (folder / "arena.s").write_text(_arena(undefined, self.arch.shared_limit))
-        link = ["-shared", "kernels.o", "arena.s", str(runtime), "-Wl,-rpath,$ORIGIN", "-Wl,-z,defs", "-o", "module.so"]
-        _run(link, folder)
+        needs = ["-Wl,--no-as-needed", f"-L{runtime.parent}", f"-l:{runtime.name}", "-Wl,-rpath,$ORIGIN", "-Wl,-z,defs"]
+        _run(["-shared", "kernels.o", "arena.s", *needs, "-o", "module.so"], folder)
         return folder / "module.so"
 
 
@@ -164,17 +164,13 @@ class _Runtime:
     def key(self) -> str:
         folder = sources.cuda_directory() / "emulate"
         files = sorted(path for path in folder.iterdir() if path.suffix in (".h", ".cpp"))
-        texts = [(path.name, _text_of(path)) for path in files]
-        headers = [_text_of(path) for path in _headers()]
-        return _digest(compiler(), _compiler_version(compiler()), _cpu(), self._flags, texts, headers)
-
-    @property
-    def path(self) -> Path:
-        return cache_directory() / "emulator" / f"runtime-{self.key}.so"
+        texts = [(path.name, path.read_text()) for path in files]
+        headers = sources.cuda_include_directories()
+        return _digest(compiler(), _compiler_version(compiler()), _cpu(), self._flags, texts, _headers(headers))
 
     @property
     def _flags(self) -> tuple[str, ...]:
-        return (*FLAGS, f"-DEMU_CHECKED={int(self.checked)}")
+        return (*FLAGS, "-fno-omit-frame-pointer", f"-DEMU_CHECKED={int(self.checked)}")
 
     def build(self, folder: Path) -> Path:
         files = sorted(str(path) for path in (sources.cuda_directory() / "emulate").glob("*.cpp"))
@@ -185,16 +181,31 @@ class _Runtime:
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, files, objects))
-        name = f"-Wl,-soname,{self.path.name}"
-        _run(["-shared", name, *objects, "-o", "runtime.so", "-ldl", "-lrt", "-lpthread"], folder)
+        _run(["-shared", *objects, "-o", "runtime.so", "-ldl", "-lrt", "-lpthread"], folder)
         return folder / "runtime.so"
 
 
-def _publish(target: Path, build: Callable[[Path], Path]) -> None:
-    """Runs build(folder) in a folder of its own and moves the file it returns to `target` in one step."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
-        os.replace(build(Path(folder)), target)
+def _cached(stem: str, build: Callable[[Path], Path]) -> Path:
+    """The library of that name in the cache, or the one that build(an empty folder) returns, moved there in one step.
+
+    The name also holds a hash of the file, so a damaged one is noticed and made anew.
+    """
+    cache = cache_directory("emulator")
+    for found in cache.glob(f"{stem}-*.so"):
+        if found.stem == f"{stem}-{_digest(found.read_bytes())}":
+            return found
+        found.unlink(missing_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as folder:
+            made = build(Path(folder))
+            target = cache / f"{stem}-{_digest(made.read_bytes())}.so"
+            os.replace(made, target)
+    except OSError as problem:
+        raise DeviceError(
+            f"compiled kernels cannot be kept in {cache} ({problem}); set ENGINE_CACHE to a folder that can be written"
+        ) from problem
+    return target
 
 
 def _run(arguments: Sequence[str], folder: Path) -> None:
@@ -209,22 +220,21 @@ def _includes() -> list[str]:
     return ["-I.", f"-I{sources.cuda_directory()}", *(f"-isystem{path}" for path in sources.cuda_include_directories())]
 
 
-def _headers() -> list[Path]:
-    """The CUDA headers whose text decides what a build means: those with a version, or with arithmetic."""
+@functools.cache
+def _headers(folders: tuple[Path, ...]) -> str:
+    """A hash of the CUDA headers whose text decides what a build means: those with a version or with arithmetic."""
     names = ("cuda_runtime_api.h", "cuda_bf16.hpp", "cuda_fp16.hpp", "cuda_fp8.hpp", "cuda_fp4.hpp")
-    return [folder / name for folder in sources.cuda_include_directories() for name in names if (folder / name).exists()]
+    files = [folder / name for folder in folders for name in names]
+    return _digest(folders, [file.read_bytes() for file in files if file.exists()])
 
 
 def _rewritten(name: str, path: Path) -> str:
-    return ptx_rewrite.rewrite(_text_of(path), name)
-
-
-def _text_of(path: Path) -> str:
-    return path.read_text()
+    return ptx_rewrite.rewrite(path.read_text(), name)
 
 
 def _digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+    data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else repr(parts).encode()
+    return hashlib.sha256(data).hexdigest()[:24]
 
 
 @functools.cache

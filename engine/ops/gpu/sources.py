@@ -18,7 +18,15 @@ import engine
 from engine.errors import DeviceError
 
 HEADER_WHEELS = ("nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-cuda-cccl")
-HEADERS = ("cuda_bf16.h", "cuda_fp16.h", "cuda_fp8.h", "cuda_fp4.h", "vector_types.h", "crt/host_defines.h", "nv/target")
+HEADERS = (
+    "cuda_bf16.h",
+    "cuda_fp16.h",
+    "cuda_fp8.h",
+    "cuda_fp4.h",
+    "vector_types.h",
+    "crt/host_defines.h",
+    "nv/target",
+)
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 
 
