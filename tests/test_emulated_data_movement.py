@@ -210,6 +210,16 @@ def test_an_mbarrier_nobody_waits_for_is_a_race() -> None:
         probe("sm_90a", checked=True).launch("bulk_pipeline", ONE, (96, 1, 1), 0, arguments)
 
 
+def test_bulk_copies_that_nobody_waits_for_stay_away_under_lazy_copies() -> None:
+    """And a later launch starts from nothing."""
+    data, sums = np.ones(7 * 64, np.int32), np.zeros(96, np.int32)
+    lazy = Schedule(lazy_copies=True)
+    probe("sm_90a").launch("bulk_pipeline", ONE, (96, 1, 1), 0, [data, np.int32(1), np.int32(1), sums], schedule=lazy)
+    assert (sums == -1).all()  # the poison
+    probe("sm_90a").launch("bulk_pipeline", ONE, (96, 1, 1), 0, [data, np.int32(7), np.int32(0), sums], schedule=lazy)
+    assert (sums == 7).all()
+
+
 def test_bytes_that_nobody_announced_end_in_a_deadlock() -> None:
     arguments = [np.arange(7 * 64, dtype=np.int32), np.int32(7), np.int32(2), np.zeros(96, np.int32)]
     with pytest.raises(KernelFault, match="mma.cuh"):

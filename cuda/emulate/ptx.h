@@ -28,7 +28,7 @@
 //                                                   parties' rounding; selectors unseen on hardware
 //     cvt e4m3x2, e2m1x2, ue8m0x2                   "cvt"                                      sure; NaN, and the sign
 //                                                   of UE8M0's source, as in CUDA's headers
-//     mbarrier, cp.async.bulk                       the same                                   sure; bytes land at once
+//     mbarrier, cp.async.bulk                       the same                                   sure
 //     wgmma                                         "Asynchronous Warpgroup Level Matrix"      layouts as in CUTLASS;
 //                                                   rounding as measured; runs where it is issued
 #pragma once

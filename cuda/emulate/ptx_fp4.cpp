@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "ptx_bits.h"
 #include "ptx_mma.h"
 
 namespace emu {
@@ -51,26 +52,12 @@ int64_t aligned(Addend addend, int lsb) {
     return addend.significand < 0 ? -magnitude : magnitude;
 }
 
-float toward_zero(int64_t sum, int exponent) {
-    const double exact = std::ldexp(static_cast<double>(sum), exponent);  // 2^49 at most, not below 2^-174
-    if (std::fabs(exact) >= 0x1p128) return exact > 0 ? INFINITY : -INFINITY;
-    const auto nearest = static_cast<float>(exact);
-    const bool away = std::fabs(static_cast<double>(nearest)) > std::fabs(exact);
-    return away ? std::nextafter(nearest, 0.0f) : nearest;
-}
-
 // One element: its dots, which of them had a product at all, and its scales.
 float element(const int16_t (&dot)[dots], const bool (&live)[dots], const Scale (&a)[dots], const Scale (&b)[dots],
               float c) {
     bool nan = std::isnan(c);
     for (int i = 0; i < dots; ++i) nan = nan || a[i].nan || b[i].nan;
-    if (nan) {
-        const uint32_t bits = 0x7FFFFFFF;
-        float value;
-        static_assert(sizeof value == sizeof bits);
-        __builtin_memcpy(&value, &bits, 4);
-        return value;
-    }
+    if (nan) return float_of(nan_bits);
     if (std::isinf(c)) return c;
     Addend addends[dots + 1];
     int count = 0, lsb = lowest_lsb;
@@ -81,15 +68,13 @@ float element(const int16_t (&dot)[dots], const bool (&live)[dots], const Scale 
         lsb = std::max(lsb, addends[count++].exponent - 27);
     }
     if (c != 0) {
-        int exponent;
-        std::frexp(c, &exponent);  // c = f · 2^exponent, .5 ≤ |f| < 1
-        exponent = std::max(exponent - 1, -126);
-        addends[count++] = {static_cast<int64_t>(std::ldexp(c, 23 - exponent)), exponent - 23};
+        const int exponent = exponent_of(c);
+        addends[count++] = {static_cast<int64_t>(c * power_of_two(23 - exponent)), exponent - 23};
         lsb = std::max(lsb, exponent - 35);
     }
     int64_t sum = 0;
     for (int i = 0; i < count; ++i) sum += aligned(addends[i], lsb);
-    return toward_zero(sum, lsb);
+    return toward_zero(sum, power_of_two(lsb));  // 2^49 at most
 }
 
 template <int K>

@@ -263,6 +263,41 @@ void named_barrier(Frame& frame) {
     emu::named_barrier(frame.word(0), frame.word(1), waits, frame.site());
 }
 
+// Bulk copies that have not landed: in the lazy schedule they wait until somebody waits for their mbarrier.
+struct BulkCopy {
+    Mbarrier* barrier;
+    void* to;
+    const void* from;
+    uint32_t bytes;
+};
+std::vector<BulkCopy> flying;
+
+void land(const BulkCopy& copy) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    async_write_end(copy.to, copy.bytes);
+    sync_release(copy.barrier);
+    copy.barrier->bytes -= static_cast<int32_t>(copy.bytes);
+    copy.barrier->complete_if_done();
+}
+
+void land_copies(const Mbarrier* barrier) {
+    for (size_t i = 0; i < flying.size();) {
+        if (flying[i].barrier != barrier) {
+            ++i;
+            continue;
+        }
+        const BulkCopy copy = flying[i];
+        flying.erase(flying.begin() + static_cast<std::ptrdiff_t>(i));
+        land(copy);
+    }
+}
+
+// Copies that an earlier block, or a launch that failed, left behind.
+void forget_copies(const void* barrier) {
+    flying.erase(std::remove_if(flying.begin(), flying.end(), [=](const BulkCopy& c) { return c.barrier == barrier; }),
+                 flying.end());
+}
+
 Mbarrier& mbarrier_at(Frame& frame, int operand) {
     const uint32_t offset = frame.word(operand);
     if (offset % 8) frame.fail("an mbarrier is aligned to 8 bytes");
@@ -274,11 +309,12 @@ Mbarrier& mbarrier_at(Frame& frame, int operand) {
 void mbarrier_init(Frame& frame) {
     const uint32_t offset = frame.word(0), count = frame.word(1);
     if (offset % 8) frame.fail("an mbarrier is aligned to 8 bytes");
-    if (count == 0 || count > 0xFFFF) frame.fail("an mbarrier is emulated for 1 to 65535 arrivals");
+    if (count == 0 || count > Mbarrier::most_arrivals) frame.fail("an mbarrier is emulated for 1 to 2047 arrivals");
     void* pointer = shared_pointer(offset);
     note_write(pointer, 8, lane_id());
-    const Mbarrier barrier{count, count, 0, 0};
+    const Mbarrier barrier{count, count, 0, 0, 0};
     std::memcpy(pointer, &barrier, 8);
+    forget_copies(pointer);
 }
 
 void arrive(Frame& frame, Mbarrier& barrier, uint32_t bytes) {
@@ -303,31 +339,36 @@ struct PhaseWait {
 
 // Waits for as long as it takes: a false return would only make the kernel try again.
 void mbarrier_try_wait(Frame& frame) {
-    PhaseWait wait{&mbarrier_at(frame, 1), frame.word(2) & 1};
+    Mbarrier& barrier = mbarrier_at(frame, 1);
+    land_copies(&barrier);
+    PhaseWait wait{&barrier, frame.word(2) & 1};
     const auto done = [](void* state) {
         const auto* waits = static_cast<const PhaseWait*>(state);
         return waits->barrier->phase != waits->parity;
     };
-    if (!done(&wait)) wait_until(done, &wait, frame.site());
+    if (!done(&wait)) {
+        ++barrier.waiting;
+        wait_until(done, &wait, frame.site());
+        --barrier.waiting;
+    }
     sync_acquire(wait.barrier);
     frame.set(0, 1);
 }
 
-// Operands: shared destination, global source, bytes, mbarrier. The bytes move at once.
+// Operands: shared destination, global source, bytes, mbarrier.
 void bulk_copy(Frame& frame) {
     const uint32_t to = frame.word(0), bytes = frame.word(2);
     const uint64_t from = frame.get(1);
     if (to % 16 || from % 16 || bytes % 16) frame.fail("cp.async.bulk's addresses and size are multiples of 16 bytes");
-    Mbarrier& barrier = mbarrier_at(frame, 3);
-    void* pointer = shared_pointer(to);
-    const auto* source = reinterpret_cast<const void*>(from);
-    note_read(source, bytes, lane_id());
-    async_write_begin(pointer, bytes, frame.site());
-    std::memcpy(pointer, source, bytes);
-    async_write_end(pointer, bytes);
-    sync_release(&barrier);
-    barrier.bytes -= static_cast<int32_t>(bytes);
-    barrier.complete_if_done();
+    const BulkCopy copy{&mbarrier_at(frame, 3), shared_pointer(to), reinterpret_cast<const void*>(from), bytes};
+    if (bytes) shared_pointer(to + bytes - 1);
+    note_read(copy.from, bytes, lane_id());
+    async_write_begin(copy.to, bytes, frame.site());
+    if (async_is_lazy() && !copy.barrier->waiting) {
+        flying.push_back(copy);
+    } else {
+        land(copy);
+    }
 }
 
 // --- Warpgroup products ----------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 #include "ptx_mma.h"
 
 #include <cmath>
-#include <cstring>
+
+#include "ptx_bits.h"
 
 namespace emu {
 namespace ptx {
@@ -11,60 +12,38 @@ namespace {
 constexpr int16_t exponent_of_zero = -4096;  // below every sum of exponents, and twice it fits 16 bits
 constexpr int lowest_top = -126;
 
-double power_of_two(int exponent) {  // normal range only
-    const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
-    double value;
-    std::memcpy(&value, &bits, 8);
-    return value;
-}
-
-uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
-}
-
-float float_of(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
 struct Number {
     double value;
     int16_t exponent;
     bool special;
 };
 
-// An IEEE-like code without its bias: `exponent_bits` and `mantissa_bits` wide. E4M3 has no infinity, and NaN only as
-// the code of all ones.
+Number number_of_bf16(uint32_t code) {
+    const float value = float_of(code << 16);
+    const bool zero = !(code & 0x7FFF), special = (code & 0x7F80) == 0x7F80;
+    return {value, zero ? exponent_of_zero : static_cast<int16_t>(exponent_of(value)), special};
+}
+
+Number number_of_f16(uint32_t code) {
+    const uint32_t magnitude = code & 0x7FFF, field = magnitude >> 10;
+    const double sign = code & 0x8000 ? -1 : 1;
+    if (field == 31) return {magnitude & 0x3FF ? NAN : sign * INFINITY, 0, true};
+    const double value = sign * (float_of(magnitude << 13) * 0x1p112);  // the field counts from 2^-127 there
+    const auto exponent = static_cast<int16_t>((field ? field : 1) - 15);
+    return {value, magnitude ? exponent : exponent_of_zero, false};
+}
+
+Number number_of_e4m3(uint32_t code) {
+    const auto field = static_cast<int>(code >> 3 & 15), mantissa = static_cast<int>(code & 7);
+    if ((code & 0x7F) == 0x7F) return {NAN, 0, true};
+    const int exponent = (field ? field : 1) - 7, significand = (field ? 8 : 0) + mantissa;
+    const double value = significand * power_of_two(exponent - 3);
+    return {code & 0x80 ? -value : value, significand ? static_cast<int16_t>(exponent) : exponent_of_zero, false};
+}
+
 Number number_of(Element element, uint32_t code) {
-    const int mantissa_bits = element == Element::bf16 ? 7 : element == Element::f16 ? 10 : 3;
-    const int exponent_bits = element == Element::bf16 ? 8 : element == Element::f16 ? 5 : 4;
-    const int highest = (1 << exponent_bits) - 1, bias = highest >> 1;
-    const auto field = static_cast<int>(code >> mantissa_bits) & highest;
-    const auto mantissa = static_cast<int>(code & ((1u << mantissa_bits) - 1));
-    const double sign = code >> (mantissa_bits + exponent_bits) & 1 ? -1.0 : 1.0;
-    if (element == Element::e4m3 ? (code & 0x7F) == 0x7F : field == highest)
-        return {mantissa && element != Element::e4m3 ? NAN : element == Element::e4m3 ? NAN : sign * INFINITY, 0, true};
-    if (!field && !mantissa) return {sign * 0.0, exponent_of_zero, false};
-    const int exponent = (field ? field : 1) - bias;
-    const int significand = field ? mantissa + (1 << mantissa_bits) : mantissa;
-    return {sign * significand * power_of_two(exponent - mantissa_bits), static_cast<int16_t>(exponent), false};
-}
-
-int exponent_of(float value) {
-    const auto field = static_cast<int>(bits_of(value) >> 23 & 0xFF);
-    return value == 0 ? lowest_top : (field ? field : 1) - 127;
-}
-
-// The exact sum times 2^scale, truncated toward zero; what fp32 cannot hold is an infinity.
-float truncated(int64_t sum, double scale, bool short_result) {
-    const double exact = static_cast<double>(sum) * scale;
-    if (std::fabs(exact) >= 0x1p128) return exact > 0 ? INFINITY : -INFINITY;
-    auto result = static_cast<float>(exact);
-    if (std::fabs(static_cast<double>(result)) > std::fabs(exact)) result = float_of(bits_of(result) - 1);
-    return short_result ? float_of(bits_of(result) & ~0x3FFu) : result;
+    if (element == Element::bf16) return number_of_bf16(code);
+    return element == Element::f16 ? number_of_f16(code) : number_of_e4m3(code);
 }
 
 // Infinities and NaNs: no rounding decides them, so any order of a double sum will do.
@@ -78,14 +57,14 @@ float special_sum(const Factors& factors, int row, int column, const uint8_t* pi
         found = found || !std::isfinite(a) || !std::isfinite(b);
         sum += a * b;
     }
-    return std::isnan(sum) ? float_of(0x7FFFFFFF) : static_cast<float>(sum);
+    return std::isnan(sum) ? float_of(nan_bits) : static_cast<float>(sum);
 }
 
 // One step of one row: eight columns at a time, so that the compiler can use vector instructions.
 void step_of_row(const Factors& factors, int row, int begin, int end, const uint8_t* picked, Accumulation how,
                  float (&c)[8]) {
     int16_t top[8];
-    for (int j = 0; j < 8; ++j) top[j] = static_cast<int16_t>(exponent_of(c[j]));
+    for (int j = 0; j < 8; ++j) top[j] = static_cast<int16_t>(c[j] == 0 ? lowest_top : exponent_of(c[j]));
     for (int s = begin; s < end; ++s) {
         const int16_t exponent = factors.a_exponent[row][s];
         const int16_t* of_b = factors.b_exponent[picked ? picked[s] : s];
@@ -109,7 +88,10 @@ void step_of_row(const Factors& factors, int row, int begin, int end, const uint
         }
         for (int j = 0; j < 8; ++j) total[j] += part[j];
     }
-    for (int j = 0; j < 8; ++j) c[j] = truncated(total[j], power_of_two(top[j] - how.fraction_bits), how.short_result);
+    for (int j = 0; j < 8; ++j) {
+        c[j] = toward_zero(total[j], power_of_two(top[j] - how.fraction_bits));
+        if (how.short_result) c[j] = float_of(bits_of(c[j]) & ~0x3FFu);
+    }
 }
 
 void step_with_specials(const Factors& factors, int row, int begin, int end, const uint8_t* picked, Accumulation how,

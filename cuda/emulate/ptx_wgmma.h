@@ -39,12 +39,13 @@ using ReadUnit = const void* (*)(uint32_t address);
 void read_matrix(const MatrixDescriptor& descriptor, bool mn_major, int first, int rows, ReadUnit read,
                  uint16_t (*codes)[16]);
 
-// An mbarrier's 64 bits, in a layout of our own (the real one is opaque): pending arrivals, arrivals per phase, bytes
-// still expected, phase.
+// An mbarrier's 64 bits, in a layout of our own (the real one is opaque).
 struct Mbarrier {
-    uint32_t pending : 16, expected : 16;
-    int32_t bytes : 31;
+    uint32_t pending : 11, expected : 11;  // arrivals still to come in this phase, and in each
+    uint32_t waiting : 10;                 // threads that wait, less than 1024 at once
+    int32_t bytes : 31;                    // announced and not yet landed
     uint32_t phase : 1;
+    static constexpr uint32_t most_arrivals = 2047;
     void complete_if_done();
 };
 static_assert(sizeof(Mbarrier) == 8, "an mbarrier is 64 bits");
