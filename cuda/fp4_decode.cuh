@@ -1,0 +1,204 @@
+// FP4 codes and scales as 16- and 32-bit floats, by placing bits. With fp4.cuh, which makes the codes, the only CUDA file
+// that knows nibbles and scale bytes; formats as there and in engine/ops/fp4.
+//
+// A word holds eight codes, k in bits 3:0. It becomes four pairs (k, k + 4), k = 0 … 3, of f16 or bf16, because a nibble
+// of each half of the word moves to its place at once:
+//
+//     bit          15   14 … 12   11 10  9   8   7   6   5   4   3 … 0
+//     f16,  E2M1    s             e1 e0  m                                 value · 2^-14
+//     bf16, E2M1    s                        e1  e0  m                     value · 2^-126
+//     f16,  S1P2    s                    i  f1  f0                         value · 2^-15     (bits 9:7, subnormal)
+//     bf16, S1P2    s                                i  f1  f0             value · 2^-127    (bits 6:4, subnormal)
+//
+// which is right for subnormal numbers as well and takes about 1.9 instructions a code: a shift for the sign, one for the
+// magnitude, two LOP3 a pair. The power of two is left to a later step.
+#pragma once
+
+#include "common.cuh"
+
+__device__ __forceinline__ u32 multiply_pair(f16, u32 a, u32 b) {
+    const __half2 product = __hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+    return reinterpret_cast<const u32&>(product);
+}
+__device__ __forceinline__ u32 multiply_pair(bf16, u32 a, u32 b) {
+    const __nv_bfloat162 product =
+        __hmul2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+    return reinterpret_cast<const u32&>(product);
+}
+template <class T>
+__device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
+    return multiply_pair(T(), a, b);
+}
+template <class T>
+__device__ __forceinline__ void multiply_pairs(u32 (&pairs)[4], u32 by) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = multiply_pair<T>(pairs[i], by);
+}
+
+// A type's exponent, where codes are placed in it (the lowest bit), and what power of two factors keep: made of E2M1
+// codes, of those times a UE4M3 scale, of S1P2 codes with their micro-exponents.
+template <class T> struct Bits;
+template <> struct Bits<f16> {
+    static constexpr int kExponentBit = 10, kBias = 15, kE2m1 = 9, kS1p2 = 7, kS1p2Bias = 15;
+    static constexpr int kE2m1Power = 14, kScaledPower = 14, kS1p2Power = 15;
+};
+template <> struct Bits<bf16> {
+    static constexpr int kExponentBit = 7, kBias = 127, kE2m1 = 6, kS1p2 = 4, kS1p2Bias = 127;
+    static constexpr int kE2m1Power = 0, kScaledPower = 7, kS1p2Power = 2;
+};
+
+// A power of two in both halves; exponent within the type's normal range.
+template <class T>
+__device__ __forceinline__ constexpr u32 power_pair(int exponent) {
+    return static_cast<u32>(exponent + Bits<T>::kBias) * (0x00010001u << Bits<T>::kExponentBit);
+}
+
+// Signs to bit 15, the three bits below them to `lowest` and the two above it.
+template <int lowest>
+__device__ __forceinline__ void place_codes(u32 word, u32 (&pairs)[4]) {
+    constexpr u32 mask = (7u << lowest) * 0x00010001u;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const int shift = lowest - 4 * k;
+        const u32 magnitude = shift > 0 ? word << shift : word >> -shift;
+        pairs[k] = (word << (12 - 4 * k) & 0x80008000u) | (magnitude & mask);
+    }
+}
+// ---- scales ----------------------------------------------------------------------------------------------------------
+
+// UE4M3 byte j of a word. Its bits in fp32's exponent and mantissa are 2^-120 of it, subnormals included.
+__device__ __forceinline__ float ue4m3_value(u32 word, int j) {
+    const u32 placed = j < 3 ? word << (20 - 8 * j) : word >> 4;
+    return __fmul_rn(__uint_as_float(placed & 0x07f00000u), 0x1p120f);
+}
+// E8M0 byte j of a word; byte 0 is 2^-127, subnormal; byte 0xFF, a NaN, becomes infinite here.
+__device__ __forceinline__ float e8m0_value(u32 word, int j) {
+    return __uint_as_float(max((word >> 8 * j & 0xffu) << 23, 0x00400000u));
+}
+// The E6M2 byte of a HiF4 scale word.
+__device__ __forceinline__ float e6m2_value(u32 word) {
+    return __uint_as_float(((word & 0xffu) << 21) + ((127u - 48) << 23));
+}
+// UE4M3 byte j of a word times 2^(power) in both halves. f16: power 0. bf16: 119, the largest that 448 can take.
+__device__ __forceinline__ u32 ue4m3_pair(f16, u32 word, int j) {
+    const u32 placed = __byte_perm(word, 0, j << 4 | j << 12) >> 1 & 0x3f803f80u;  // 2^-8 of it
+    return multiply_pair<f16>(placed, power_pair<f16>(8));
+}
+__device__ __forceinline__ u32 ue4m3_pair(bf16, u32 word, int j) {
+    const u32 placed = __byte_perm(word, 0, j | j << 8 | 0x4040) << 4 & 0x07f007f0u;  // 2^-120 of it
+    return multiply_pair<bf16>(multiply_pair<bf16>(placed, power_pair<bf16>(120)), power_pair<bf16>(119));
+}
+// 2^(base + micro-exponents) for the eight k that are number `eight` of a HiF4 block: its first four k in the low half.
+template <class T>
+__device__ __forceinline__ u32 micro_exponent_pair(u32 word, int eight, int base) {
+    const u32 e16 = word >> (16 + 2 * eight), e8 = word >> (8 + eight) & 1;
+    const u32 exponents = (e8 * 0x00010001u) + ((e16 & 1) | (e16 & 2) << 15);
+    return power_pair<T>(base) + (exponents << Bits<T>::kExponentBit);
+}
+
+// ---- what a sparse backbone kept ---------------------------------------------------------------------------------------
+
+// Eight codes from the four kept ones (16 bits) of 8 k and their metadata.
+__device__ __forceinline__ u32 expand_pairs(u32 kept, u32 metadata) {  // NVFP4, MXFP4: a nibble, pairs of neighbours
+    return (kept & 0xffu) << 8 * (metadata & 3) | (kept >> 8) << 8 * (metadata >> 2 & 3);
+}
+__device__ __forceinline__ u32 expand_elements(u32 kept, u32 metadata) {  // HiF4: two nibbles, single elements
+    const u32 low = (kept & 15) << 4 * (metadata & 3) | (kept >> 4 & 15) << 4 * (metadata >> 2 & 3);
+    const u32 high = (kept >> 8 & 15) << 4 * (metadata >> 4 & 3) | (kept >> 12 & 15) << 4 * (metadata >> 6 & 3);
+    return low | high << 16;
+}
+
+// ---- formats ---------------------------------------------------------------------------------------------------------
+// How eight codes of a weight become factors of exact products, and what is multiplied in later. For word r of a lane q
+// (k = 32 r + 8 q + i of a unit of 128 k):
+//     kGroup        k whose sum of products is multiplied by scale(words, r) of the group that ends with word r; 128: none
+//     kScaleWords   32-bit words of scales a row and unit
+//     pairs<T>      the factors, the value times 2^-kPower<T> without the group's scale
+// As activations (exact in f16), eight codes whose block scale is `scale`:
+//     kInputScaled  whether an fp32 scale of the block remains to be multiplied in
+//     input_pairs   the factors, the value times 2^-kInputPower without that
+
+template <int block>
+struct Nvfp4Codes;
+
+template <> struct Nvfp4Codes<32> {
+    static constexpr int kGroup = 32, kScaleWords = 1;
+    template <class T> static constexpr int kPower = Bits<T>::kE2m1Power;
+
+    template <class T>
+    static __device__ __forceinline__ void pairs(u32 word, const u32 (&)[1], int, int, u32 (&pairs)[4]) {
+        place_codes<Bits<T>::kE2m1>(word, pairs);
+        if (kPower<T> == 0) multiply_pairs<T>(pairs, power_pair<T>(126));
+    }
+    static __device__ __forceinline__ float scale(const u32 (&words)[1], int r) { return ue4m3_value(words[0], r); }
+
+    using InputScale = u8;
+    static constexpr bool kInputScaled = false;
+    static constexpr int kInputPower = 14, kMetadataBits = 4;
+    static __device__ __forceinline__ u32 expand(u32 kept, u32 metadata) { return expand_pairs(kept, metadata); }
+    static __device__ __forceinline__ void input_pairs(u32 word, u32 scale, int, u32 (&pairs)[4]) {
+        place_codes<Bits<f16>::kE2m1>(word, pairs);
+        multiply_pairs<f16>(pairs, ue4m3_pair(f16(), scale, 0));
+    }
+    static __device__ __forceinline__ float input_scale(u32) { return 1.0f; }
+};
+
+// A lane's eight k of a word lie in one block of 16, but an instruction's 16 k do not, so the scale goes into the factors:
+// E2M1 × UE4M3 is exact in both types (a multiple of 2^-24 below 1 for f16).
+template <> struct Nvfp4Codes<16> : Nvfp4Codes<32> {
+    static constexpr int kGroup = 128, kScaleWords = 2;
+    template <class T> static constexpr int kPower = Bits<T>::kScaledPower;
+
+    template <class T>
+    static __device__ __forceinline__ void pairs(u32 word, const u32 (&words)[2], int r, int q, u32 (&pairs)[4]) {
+        place_codes<Bits<T>::kE2m1>(word, pairs);
+        multiply_pairs<T>(pairs, ue4m3_pair(T(), words[r >> 1] >> 8 * (q >> 1), 2 * (r & 1)));
+    }
+    static __device__ __forceinline__ float scale(const u32 (&)[2], int) { return 1.0f; }
+};
+
+struct Mxfp4Codes {
+    static constexpr int kGroup = 32, kScaleWords = 1;
+    template <class T> static constexpr int kPower = Bits<T>::kE2m1Power;
+
+    template <class T>
+    static __device__ __forceinline__ void pairs(u32 word, const u32 (&words)[1], int r, int q, u32 (&pairs)[4]) {
+        Nvfp4Codes<32>::pairs<T>(word, words, r, q, pairs);
+    }
+    static __device__ __forceinline__ float scale(const u32 (&words)[1], int r) { return e8m0_value(words[0], r); }
+
+    using InputScale = u8;
+    static constexpr bool kInputScaled = true;
+    static constexpr int kInputPower = -13;  // 6 · 2^13 still fits f16: sums keep as far as can be from fp32's low end
+    static constexpr int kMetadataBits = 4;
+    static __device__ __forceinline__ u32 expand(u32 kept, u32 metadata) { return expand_pairs(kept, metadata); }
+    static __device__ __forceinline__ void input_pairs(u32 word, u32, int, u32 (&pairs)[4]) {
+        place_codes<Bits<f16>::kE2m1>(word, pairs);
+        multiply_pairs<f16>(pairs, power_pair<f16>(15));
+        multiply_pairs<f16>(pairs, power_pair<f16>(12));
+    }
+    static __device__ __forceinline__ float input_scale(u32 scale) { return e8m0_value(scale, 0); }
+};
+
+struct Hif4Codes {
+    static constexpr int kGroup = 64, kScaleWords = 2;
+    template <class T> static constexpr int kPower = Bits<T>::kS1p2Power;
+
+    template <class T>
+    static __device__ __forceinline__ void pairs(u32 word, const u32 (&words)[2], int r, int q, u32 (&pairs)[4]) {
+        place_codes<Bits<T>::kS1p2>(word, pairs);
+        const int base = Bits<T>::kS1p2Bias - kPower<T>;
+        multiply_pairs<T>(pairs, micro_exponent_pair<T>(words[r >> 1], 4 * (r & 1) + q, base));
+    }
+    static __device__ __forceinline__ float scale(const u32 (&words)[2], int r) { return e6m2_value(words[r >> 1]); }
+
+    using InputScale = u32;
+    static constexpr bool kInputScaled = true;
+    static constexpr int kInputPower = 2, kMetadataBits = 8;
+    static __device__ __forceinline__ u32 expand(u32 kept, u32 metadata) { return expand_elements(kept, metadata); }
+    static __device__ __forceinline__ void input_pairs(u32 word, u32 scale, int eight, u32 (&pairs)[4]) {
+        place_codes<Bits<f16>::kS1p2>(word, pairs);
+        multiply_pairs<f16>(pairs, micro_exponent_pair<f16>(scale, eight, 13));
+    }
+    static __device__ __forceinline__ float input_scale(u32 scale) { return e6m2_value(scale); }
+};

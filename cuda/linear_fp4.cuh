@@ -1,0 +1,190 @@
+#pragma once
+
+#include "fp4_decode.cuh"
+#include "linear_decode.cuh"
+#include "weight_layout.cuh"
+
+// Units of a packed FP4 weight against 16-bit factors; Codes: fp4_decode.cuh.
+template <class Codes, class T, bool kInputScaled>
+struct Fp4Weight {
+    static constexpr int kUnitK = kFp4UnitK, kUnitBytes = 2 * kHalfTileBytes + 4 * kTileRows * Codes::kScaleWords;
+    static constexpr int kColumnPadding = 64;  // lanes g and g + 1 then read different halves of the 32 banks
+    const u8* units;
+    int units_along_k;
+    unsigned long long read_once;  // L2 policy
+
+    __device__ __forceinline__ void copy(u32 shared, int tile, int unit, int lane) const {
+        const u8* from = weight_unit(units, tile, unit, units_along_k, kUnitBytes) + 16 * lane;
+        ptx::cp_async_16_hint(shared + 16 * lane, from, read_once);
+        ptx::cp_async_16_hint(shared + kHalfTileBytes + 16 * lane, from + kHalfTileBytes, read_once);
+        if (lane < 4 * Codes::kScaleWords)
+            ptx::cp_async_16_hint(shared + 2 * kHalfTileBytes + 16 * lane, from + 2 * kHalfTileBytes, read_once);
+    }
+
+    // k, k + 4 are neighbours, as the pairs of a word are.
+    static __device__ __forceinline__ void store_eight(u8* column, int k, const u32 (&words)[4]) {
+        *reinterpret_cast<uint4*>(column + 2 * k) =
+            make_uint4(__byte_perm(words[0], words[2], 0x5410), __byte_perm(words[0], words[2], 0x7632),
+                       __byte_perm(words[1], words[3], 0x5410), __byte_perm(words[1], words[3], 0x7632));
+    }
+
+    template <int kTiles>
+    __device__ __forceinline__ void multiply(int, int, const u8* unit, const u8* const (&column)[kTiles], int k,
+                                             const float* scales, float (&sums)[kTiles][4]) const {
+        const int lane = lane_of_warp(), g = lane >> 2, q = lane & 3;
+        const uint4 low_raw = reinterpret_cast<const uint4*>(unit)[lane];
+        const uint4 high_raw = reinterpret_cast<const uint4*>(unit + kHalfTileBytes)[lane];
+        const u32 low[4] = {low_raw.x, low_raw.y, low_raw.z, low_raw.w};
+        const u32 high[4] = {high_raw.x, high_raw.y, high_raw.z, high_raw.w};
+        u32 low_scale[Codes::kScaleWords], high_scale[Codes::kScaleWords];
+#pragma unroll
+        for (int i = 0; i < Codes::kScaleWords; ++i) {
+            const u32* words = reinterpret_cast<const u32*>(unit + 2 * kHalfTileBytes) + kTileRows * i + g;
+            low_scale[i] = words[0], high_scale[i] = words[8];
+        }
+        float group[kTiles][4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            u32 a[4], b[4];
+            Codes::template pairs<T>(low[r], low_scale, r, q, a);
+            Codes::template pairs<T>(high[r], high_scale, r, q, b);
+            const u32 first[4] = {a[0], b[0], a[1], b[1]}, second[4] = {a[2], b[2], a[3], b[3]};
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+                if (32 * r % Codes::kGroup == 0) group[i][0] = group[i][1] = group[i][2] = group[i][3] = 0.0f;
+                const uint4 x = *reinterpret_cast<const uint4*>(column[i] + 2 * (k + 32 * r + 8 * q));
+                multiply_add<T>(group[i], first, {x.x, x.y});
+                multiply_add<T>(group[i], second, {x.z, x.w});
+            }
+            if (32 * (r + 1) % Codes::kGroup == 0)
+                add_group(Codes::scale(low_scale, r), Codes::scale(high_scale, r),
+                          scales + (k + 32 * r) / Codes::kGroup * (kColumns * kTiles) + 2 * q, group, sums);
+        }
+    }
+
+private:
+    // sums += group · the weight's scale, the group's input scale first where there is one; that of a column is at
+    // input_scales[column − 2 q].
+    template <int kTiles>
+    static __device__ __forceinline__ void add_group(float low, float high, const float* input_scales,
+                                                     float (&group)[kTiles][4], float (&sums)[kTiles][4]) {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+            if (kInputScaled) {
+                const float2 scale = *reinterpret_cast<const float2*>(input_scales + kColumns * i);
+                group[i][0] = __fmul_rn(group[i][0], scale.x), group[i][1] = __fmul_rn(group[i][1], scale.y);
+                group[i][2] = __fmul_rn(group[i][2], scale.x), group[i][3] = __fmul_rn(group[i][3], scale.y);
+            }
+            sums[i][0] = __fmaf_rn(group[i][0], low, sums[i][0]), sums[i][1] = __fmaf_rn(group[i][1], low, sums[i][1]);
+            sums[i][2] = __fmaf_rn(group[i][2], high, sums[i][2]), sums[i][3] = __fmaf_rn(group[i][3], high, sums[i][3]);
+        }
+    }
+};
+
+// Activations [M, K] in FP4: one path (`residual` alone), or SharQ's backbone, sparse where `metadata` is given, and
+// residual. Arrays as in SharqOperand and Fp4Matrix; a path's scale is of 2^log2_block k.
+template <class Codes, class Weight>
+struct Fp4Input {
+    using Scale = typename Codes::InputScale;
+    const u8* backbone;
+    const u8* metadata;
+    const Scale* backbone_scale;
+    const u8* residual;
+    const Scale* residual_scale;
+    int backbone_block, residual_block, K;
+
+    __device__ __forceinline__ int paths() const { return backbone ? 2 : 1; }
+
+    __device__ __forceinline__ void fill(u8* to, int first, int columns, int k, int count) const {
+        const int eights = count / 8;
+        for (int i = threadIdx.x; i < columns * eights; i += blockDim.x) {
+            const int column = i / eights, at = 8 * (i - column * eights);
+            const bool is_backbone = backbone && ((first + column) & 1) == 0;
+            const i64 t = backbone ? (first + column) >> 1 : first + column;
+            u32 word = 0, scale = 0, pairs[4] = {};
+            if (k + at < K) {
+                const i64 position = t * K + k + at;  // of the eight, in codes
+                const int block = is_backbone ? backbone_block : residual_block;
+                scale = (is_backbone ? backbone_scale : residual_scale)[t * (K / block) + (k + at) / block];
+                word = !is_backbone ? reinterpret_cast<const u32*>(residual)[position / 8]
+                       : metadata ? kept_word(position) : reinterpret_cast<const u32*>(backbone)[position / 8];
+                Codes::input_pairs(word, scale, at / 8 % 8, pairs);
+            }
+            *reinterpret_cast<uint4*>(to + column * (2 * count + Weight::kColumnPadding) + 2 * at) =
+                make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+    }
+
+    // [count / kGroup][8 · kTiles], where a block's scale is not part of the factors; of columns there are not, the last's.
+    template <int kTiles>
+    __device__ __forceinline__ void fill_scales(float* to, int first, int columns, int k, int count) const {
+        const int entries = Codes::kInputScaled ? count / Codes::kGroup * (kColumns * kTiles) : 0;
+        for (int i = threadIdx.x; i < entries; i += blockDim.x) {
+            const int column = first + min(i % (kColumns * kTiles), columns - 1);
+            const int block = k / Codes::kGroup + i / (kColumns * kTiles), blocks = K / Codes::kGroup;
+            const Scale* scale = backbone && column % 2 == 0 ? backbone_scale : residual_scale;
+            const i64 t = backbone ? column >> 1 : column;
+            to[i] = block < blocks ? Codes::input_scale(scale[t * blocks + block]) : 0.0f;
+        }
+    }
+
+private:
+    __device__ __forceinline__ u32 kept_word(i64 position) const {
+        const u32 kept = reinterpret_cast<const unsigned short*>(backbone)[position / 8];
+        const i64 bit = position / 8 * Codes::kMetadataBits;
+        return Codes::expand(kept, metadata[bit / 8] >> bit % 8);
+    }
+};
+
+#define OUTPUT_PARAMETERS                                                                                            \
+    const u8 *units, const float *row_scale, const float *bias, const void *residual, void *out, int out_type, int M, \
+        int N, int K, int slice_k, int slices_per_block, int chunk_k, float *partials, u32 *arrivals
+
+template <class Codes, class T, int kTiles>
+__device__ __forceinline__ void decode_w4a16(const T* x, i64 x_stride, OUTPUT_PARAMETERS) {
+    using Weight = Fp4Weight<Codes, T, false>;
+    const Weight weight = {units, ceil_div(K, kFp4UnitK), ptx::l2_evict_first()};
+    const Rows<T, Weight> input = {x, x_stride, K};
+    const float power = power_of_two(Codes::template kPower<T>);
+    const Epilogue epilogue = {power, nullptr, row_scale, bias, residual, out, out_type, N};
+    decode_linear<kTiles>(weight, input, epilogue, {slice_k, slices_per_block, chunk_k, partials, arrivals}, M, N, K);
+}
+
+template <class Codes, int kTiles>
+__device__ __forceinline__ void decode_fp4(const u8* backbone, const u8* metadata, const void* backbone_scale,
+                                           const u8* codes, const void* codes_scale, int backbone_block,
+                                           int codes_block, const float* token_scale, OUTPUT_PARAMETERS) {
+    using Weight = Fp4Weight<Codes, f16, Codes::kInputScaled>;
+    using Scale = typename Codes::InputScale;
+    const Weight weight = {units, ceil_div(K, kFp4UnitK), ptx::l2_evict_first()};
+    const Fp4Input<Codes, Weight> input = {backbone, metadata, static_cast<const Scale*>(backbone_scale), codes,
+                                           static_cast<const Scale*>(codes_scale), backbone_block, codes_block, K};
+    const float power = power_of_two(Codes::template kPower<f16> + Codes::kInputPower);
+    const Epilogue epilogue = {power, token_scale, row_scale, bias, residual, out, out_type, N};
+    decode_linear<kTiles>(weight, input, epilogue, {slice_k, slices_per_block, chunk_k, partials, arrivals}, M, N, K);
+}
+
+#define OUTPUT_ARGUMENTS \
+    units, row_scale, bias, residual, out, out_type, M, N, K, slice_k, slices_per_block, chunk_k, partials, arrivals
+#define W4A16_ENTRY(format, Codes, type, T, tiles, blocks)                                                         \
+    extern "C" __global__ void __launch_bounds__(256, blocks)                                \
+        linear_decode_##format##_##type##_t##tiles(const T* x, i64 x_stride, OUTPUT_PARAMETERS) {          \
+        decode_w4a16<Codes, T, tiles>(x, x_stride, OUTPUT_ARGUMENTS);                                      \
+    }
+#define FP4_ENTRY(format, Codes, tiles, blocks)                                                                              \
+    extern "C" __global__ void __launch_bounds__(256, blocks) linear_decode_##format##_fp4_t##tiles(                         \
+        const u8* backbone, const u8* metadata, const void* backbone_scale, const u8* codes, const void* codes_scale, \
+        int backbone_block, int codes_block, const float* token_scale, OUTPUT_PARAMETERS) {                          \
+        decode_fp4<Codes, tiles>(backbone, metadata, backbone_scale, codes, codes_scale, backbone_block, codes_block, \
+                                 token_scale, OUTPUT_ARGUMENTS);                                                     \
+    }
+#define ENTRIES(format, Codes, tiles, blocks)             \
+    W4A16_ENTRY(format, Codes, bf16, bf16, tiles, blocks) \
+    W4A16_ENTRY(format, Codes, f16, f16, tiles, blocks)   \
+    FP4_ENTRY(format, Codes, tiles, blocks)
+// All entry points of one format: each is a file, so that nobody compiles what he does not use. `blocks` of 256 threads
+// shall fit an SM: 64, 80 and 128 registers a thread.
+#define FP4_DECODE_ENTRIES(format, Codes) \
+    ENTRIES(format, Codes, 1, 4)          \
+    ENTRIES(format, Codes, 2, 3)          \
+    ENTRIES(format, Codes, 4, 2)
