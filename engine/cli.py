@@ -26,8 +26,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and device")
     group.add_argument("--model", default="demo", help="directory, repo id or alias (default: %(default)s)")
     group.add_argument("--revision", help="branch, tag or commit of a Hugging Face repo")
-    group.add_argument("--device", default="auto", help="auto | cpu | numpy | cuda (default: %(default)s)")
+    group.add_argument("--device", default="auto", help="auto | cpu | numpy | cuda | emulate (default: %(default)s)")
     group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
+    group.add_argument("--deterministic", action="store_true", help="GPU: the same bits in any batch, at a cost")
     group.add_argument("--dtype", default="auto", help="activations: auto | bfloat16 | float16 | float32")
     group.add_argument("--max-model-len", type=int, help="longest sequence, prompt and answer together, in tokens")
     group.add_argument(
@@ -51,6 +52,7 @@ def open_model(options: argparse.Namespace) -> LLM:
         revision=options.revision,
         device=options.device,
         threads=options.threads,
+        deterministic=options.deterministic,
         dtype=options.dtype,
         max_model_len=options.max_model_len,
         quant=options.quant,

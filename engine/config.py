@@ -90,7 +90,7 @@ class EngineConfig:
     Raises InvalidArgument for values of the wrong type or below the least; names are checked by those who know them.
     """
 
-    device: str = "auto"  # "auto" | "cpu" | "numpy" | "cuda"
+    device: str = "auto"  # "auto" | "cpu" | "numpy" | "cuda" | "emulate", "emulate:sm_120a"
     dtype: str = "auto"  # activations: "auto" | "bfloat16" | "float16" | "float32"
     max_model_len: int | None = None  # tokens per sequence, prompt and answer together
     max_num_seqs: int = 64  # sequences running at once
@@ -98,6 +98,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None  # memory for the KV cache
     enable_prefix_caching: bool = True
     threads: int | None = None  # CPU threads; None = physical cores available to this process
+    deterministic: bool = False  # GPU: the same bits in any batch and chunk, at a cost; the CPU gives no others
 
     def __post_init__(self) -> None:
         for name, least, optional in _COUNTS:

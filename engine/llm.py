@@ -55,7 +55,7 @@ class LLM:
     """A loaded model.
 
     model: "demo" (bundled), an alias such as "qwen2.5-7b", a Hugging Face repo id, or a directory.
-    device, dtype, max_model_len, threads, max_num_seqs, max_num_batched_tokens, kv_cache_bytes,
+    device, dtype, max_model_len, threads, deterministic, max_num_seqs, max_num_batched_tokens, kv_cache_bytes,
     enable_prefix_caching: see `EngineConfig`; None or "auto" chooses, and `describe()` tells what was chosen.
     quant, grade, quant_head, quant_fallback, sharq_scale, sharq_compat: how linear layers store weights and take
     activations, see `QuantConfig` and `engine.quant.registry`.
@@ -74,6 +74,7 @@ class LLM:
         max_model_len: int | None = None,
         revision: str | None = None,
         threads: int | None = None,
+        deterministic: bool = False,
         max_num_seqs: int = EngineConfig.max_num_seqs,
         max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens,
         kv_cache_bytes: int | None = None,
@@ -97,12 +98,13 @@ class LLM:
             kv_cache_bytes=kv_cache_bytes,
             enable_prefix_caching=enable_prefix_caching,
             threads=threads,
+            deterministic=deterministic,
         )
         asked = QuantConfig(quant, grade, quant_fallback, sharq_scale, sharq_compat, quant_head)
         check_quant(asked)  # before anything is downloaded
         if not isinstance(model, (str, PathLike)):
             raise InvalidArgument(f"model must be a name or a directory, not {model!r}")
-        ops = select_backend(engine.device, engine.threads)
+        ops = select_backend(engine.device, engine.threads, deterministic=engine.deterministic)
         location = locate(str(fspath(model)), revision=revision, progress=progress)
         path = Path(location.path)
         config_json = read_json(path / "config.json", ConfigError)
@@ -123,7 +125,7 @@ class LLM:
         self.name = location.name
         plain = self.quant.method == AS_STORED
         self.kernel_path = ops.kernel_path if plain else f"{self.quant.method}: {ops.kernel_path}"
-        self.device = "cpu"
+        self.device = "cpu" if engine.device in ("auto", "numpy") else engine.device
         self.max_model_len = self._plan.max_model_len
         self.sampling_defaults: dict[str, float | int] = dict(defaults.sampling) if use_generation_config else {}
 

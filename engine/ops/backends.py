@@ -6,25 +6,37 @@ Nothing falls back in silence: "cpu" without the compiled extension means the Nu
 
 from __future__ import annotations
 
-from engine.errors import DeviceError, InvalidArgument
+from engine.errors import InvalidArgument
 from engine.ops.contract import Ops
 
-DEVICES = ("auto", "cpu", "numpy", "cuda")
+DEVICES = ("auto", "cpu", "numpy", "cuda", "emulate")
+_EMULATED = "sm_90"
 
 
-def select_backend(device: str = "auto", threads: int | None = None) -> Ops:
+def select_backend(device: str = "auto", threads: int | None = None, *, deterministic: bool = False) -> Ops:
     """The backend for `device`; threads only concern the CPU (None = physical cores this process may use).
 
-    "auto" is the fastest that is there: today the CPU. "numpy" is the slow, exact definition of every operation.
-    Raises InvalidArgument for an unknown device, DeviceError for one that cannot be used here.
+    "auto" is the CPU, whose results are proven; "cuda" is asked for by name. "numpy" is the slow, exact definition of
+    every operation. "emulate" runs the CUDA kernels on the CPU as on sm_90, "emulate:sm_120a" as on another
+    architecture: slower still, for tests. deterministic: on a GPU, the same bits in any batch and chunk; CPUs give no
+    others. Raises InvalidArgument for an unknown device, DeviceError for one that cannot be used here.
     """
-    if device not in DEVICES:
-        raise InvalidArgument(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
+    kind, _, arch = device.partition(":")
+    if kind not in DEVICES or (arch and kind != "emulate"):
+        raise InvalidArgument(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}, or emulate:sm_120a")
     if threads is not None and threads < 1:
         raise InvalidArgument(f"threads must be at least 1, not {threads}")
-    if device == "cuda":
-        raise DeviceError("device 'cuda': this version has no CUDA backend; use device='cpu'")
-    if device == "numpy":
+    if kind == "cuda":
+        from engine.ops.gpu.backend import GpuOps
+        from engine.ops.gpu.cuda_device import CudaDevice
+
+        return GpuOps(CudaDevice(), deterministic=deterministic)
+    if kind == "emulate":
+        from engine.ops.gpu.backend import GpuOps
+        from engine.ops.gpu.device import EmulatedDevice
+
+        return GpuOps(EmulatedDevice(arch or _EMULATED), deterministic=deterministic)
+    if kind == "numpy":
         from engine.ops.reference import ReferenceOps
 
         return ReferenceOps()

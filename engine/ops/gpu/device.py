@@ -1,4 +1,4 @@
-"""What the GPU backend asks of a device: memory and launches. Two kinds: the emulator here, a real one in `cuda_device`.
+"""What the GPU backend asks of a device: memory and launches. The emulator is here, a real one in `cuda_device`.
 
 Arrays are the device's own: NumPy's under emulation, `GpuArray` on a GPU. The backend uses only what both have: shape,
 dtype, strides, nbytes, slices of leading rows, reshape of contiguous ones, view as another dtype of the same size.
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from engine.memory import available_memory
 from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule, Schedule
+from engine.ops.gpu.host_build import Architecture
 from engine.ops.gpu.launch import Launch
 
 
@@ -46,6 +47,7 @@ class EmulatedDevice:
     """
 
     def __init__(self, arch: str = "sm_90", *, checked: bool = False, schedule: Schedule = SCHEDULES[0]) -> None:
+        Architecture.parse(arch)  # refused now, not at the first launch
         self.arch = arch
         self.name = f"emulated {arch}"
         self._checked = checked
