@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,14 @@ def test_a_comparison_is_drawn(tmp_path: Path) -> None:
         pyplot, [row, other | {"recovered": [0.5, 0.4, 0.7]}, other | {"recovered": None}], tmp_path / "p.png"
     )
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_published_model_is_compared_as_far_as_its_download(tmp_path: Path) -> None:
+    """The documented command for the paper's model: all is understood, and what is missing is the download alone."""
+    command = [sys.executable, "-m", "engine.eval", "compare", "--model", "qwen2.5-7b", "--methods", "nvfp4", "sharq"]
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 1
+    assert "error: Qwen/Qwen2.5-7B-Instruct is not completely in the cache" in result.stderr
+    assert "Traceback" not in result.stderr
