@@ -160,6 +160,11 @@ void Checker::touch(const Now& now, History& history, size_t word, uint8_t mask)
     }
     std::vector<Node>& nodes = *history.nodes;
     uint32_t* link = &history.heads[word];
+    if (Node& last = nodes[*link]; *link && repeats(now, last, mask)) {
+        last.time = now_;
+        last.place = now.place;
+        return;
+    }
     unsigned other_readers = 0;
     while (uint32_t i = *link) {
         Node& old = nodes[i];
@@ -180,6 +185,12 @@ void Checker::touch(const Now& now, History& history, size_t word, uint8_t mask)
     uint32_t added = new_node(history);
     nodes[added] = {history.heads[word], now_, block_, now.place, uint16_t(now.thread), mask, now.kind};
     history.heads[word] = added;
+}
+
+/// The thread did the same just before, and nothing has come between: what was compared then holds.
+bool Checker::repeats(const Now& now, const Node& last, uint8_t mask) const {
+    return last.thread == now.thread && last.kind == now.kind && last.mask == mask && last.block == block_ &&
+           now.kind != Access::in_flight;
 }
 
 bool Checker::conflict(Access a, Access b) {

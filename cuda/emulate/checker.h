@@ -87,6 +87,7 @@ private:
     void access_global(const Now& now);
     void record(const Now& now, History& history);
     void touch(const Now& now, History& history, size_t word, uint8_t mask);
+    bool repeats(const Now& now, const Node& last, uint8_t mask) const;
     bool covers(const Now& now, const History& history, const Node& old, uint8_t mask) const;
     bool knows(unsigned thread, const Node& old) const;
     static bool conflict(Access a, Access b);

@@ -155,7 +155,7 @@ class EmulatedModule:
         self._entries = {_text(entry.name): entry for entry in self._module.kernels[: self._module.kernel_count]}
         self.kernels = {name: _kernel(entry) for name, entry in self._entries.items()}
         arrays = [symbol for symbol in elf.tls_symbols(library) if symbol.defined and symbol.size]
-        self._arrays = (_SharedArray * len(arrays))(*((a.name.encode(), a.offset, a.size) for a in arrays))
+        self._arrays = (_SharedArray * len(arrays))(*(_SharedArray(a.name.encode(), a.offset, a.size) for a in arrays))
 
     @classmethod
     def compile(
@@ -300,7 +300,7 @@ class _Arguments:
                 merged.append((first, max(last, end), f"{names}, {name}", written or writable))
             else:
                 merged.append((begin, end, name, writable))
-        return (_Region * len(merged))(*((n.encode(), b, e - b, w) for b, e, n, w in merged))
+        return (_Region * len(merged))(*(_Region(n.encode(), b, e - b, w) for b, e, n, w in merged))
 
 
 def _text(data: bytes | None) -> str:

@@ -170,7 +170,9 @@ class _Runtime:
 
     @property
     def _flags(self) -> tuple[str, ...]:
-        return (*FLAGS, "-fno-omit-frame-pointer", f"-DEMU_CHECKED={int(self.checked)}")
+        # Reports walk the stack. Without interposition the library's functions can be inlined into one another.
+        fixed = ("-fno-omit-frame-pointer", "-fno-semantic-interposition")
+        return (*FLAGS, *fixed, f"-DEMU_CHECKED={int(self.checked)}")
 
     def build(self, folder: Path) -> Path:
         files = sorted(str(path) for path in (sources.cuda_directory() / "emulate").glob("*.cpp"))
