@@ -11,7 +11,7 @@ here: it is for comparing with the paper and multiplies in NumPy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,18 +20,19 @@ from numpy.typing import NDArray
 from engine.core import Batch
 from engine.errors import InvalidArgument, NumericalError
 from engine.fp4_types import Format, Fp4Matrix
-from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array, Norm
 from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
-from engine.ops.gpu import launch_attention, launch_rows
+from engine.ops.gpu import launch_attention, launch_linear, launch_rows, weight_layout
 from engine.ops.gpu.device import Device
 from engine.ops.gpu.launch import Launch
 from engine.ops.gpu.launch_attention import AttentionPlan, AttentionShape
+from engine.ops.gpu.launch_linear import DecodePlan, Output, Workspace
 from engine.ops.gpu.launch_rows import Rows
+from engine.ops.gpu.weight_layout import Fp4Units
 from engine.ops.reference import ReferenceOps
 
-_I32, _F32 = np.dtype(np.int32), np.dtype(np.float32)
+_I32, _U32, _F32 = np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.float32)
 _ACTIVATIONS = ("bf16", "f16")
 
 
@@ -116,6 +117,7 @@ class GpuOps:
         self.deterministic = deterministic
         self.kernel_path = device.name + (", deterministic" if deterministic else "")
         self._host = ReferenceOps()  # for what happens once, before weights are uploaded
+        self._scratch = Workspace(device.empty((1,), _F32), device.zeros((1,), _U32))
         self._invalid = device.zeros((1,), _I32)  # 1 + a row that a preparation met NaN or infinity in
 
     # ---- memory ------------------------------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ class GpuOps:
                 self.device.upload(plan.decode_items),
                 self.device.upload(plan.prefill_items),
                 self.device.empty((max(1, plan.partials_size(shape)),), _F32),
-                self.device.zeros((max(1, plan.arrivals_size(shape)),), np.dtype(np.uint32)),
+                self.device.zeros((max(1, plan.arrivals_size(shape)),), _U32),
             )
         return batch.plans[key]
 
@@ -259,6 +261,46 @@ class GpuOps:
         amax = self.device.zeros((1,), _F32)
         self._run(launch_rows.prepare_amax(rows, amax, self._invalid))
         return amax
+
+    # ---- products ----------------------------------------------------------------------------------------------------
+
+    def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> Fp4Units:
+        return weight_layout.pack_fp4(shards).on(self.device.upload)
+
+    def fp4_linear(
+        self,
+        operand: Any,
+        weight: Fp4Units,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        paths = 2 if operand.two_paths else 1
+        plan = launch_linear.plan_fp4_decode(weight, len(out), paths=paths, fp4_input=True)
+        launch = launch_linear.fp4_decode(operand, weight, Output(out, bias, residual), self._workspace(plan))
+        return self._into(out, launch)
+
+    def w4a16_linear(
+        self,
+        x: Array,
+        weight: Fp4Units,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        plan = launch_linear.plan_fp4_decode(weight, len(out), fp4_input=False)
+        launch = launch_linear.w4a16_decode(x, weight, Output(out, bias, residual), self._workspace(plan))
+        return self._into(out, launch)
+
+    def _workspace(self, plan: DecodePlan) -> Workspace:
+        """Scratch for one product: launches share it one after the other."""
+        if plan.partials > self._scratch.partials.size:
+            self._scratch = replace(self._scratch, partials=self.device.empty((2 * plan.partials,), _F32))
+        if plan.arrivals > self._scratch.arrivals.size:
+            self._scratch = replace(self._scratch, arrivals=self.device.zeros((2 * plan.arrivals,), _U32))
+        return self._scratch
 
     # ---- launching ---------------------------------------------------------------------------------------------------
 
