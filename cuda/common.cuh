@@ -88,7 +88,7 @@ __device__ __forceinline__ void store_vector<float>(float* x, const float (&v)[8
     reinterpret_cast<float4*>(x)[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
 
-// The first n of eight; what is missing is 0. n may be 8 or more.
+// The first n of eight; what is missing is 0. n may be 8 or more. (n and `vectors` are often known when compiling.)
 template <class T>
 __device__ __forceinline__ void load_eight(const T* x, int n, bool vectors, float (&v)[8]) {
     if (vectors && n >= 8) return load_vector(x, v);
@@ -145,15 +145,16 @@ __device__ __forceinline__ float inverse_root(float sum, int K, float eps) {
 
 // reference.inverse_rms of x [K], for every thread of the block. Of the 1024 partial sums a thread takes eight
 // neighbours at a time, which are one vector in every 1024 elements; it adds those, the warps add the 128 sums of eight.
-// sums [kPartials / 8] is shared memory that nobody else uses meanwhile.
-template <class T>
-__device__ __forceinline__ float inverse_rms(const T* x, int K, float eps, bool vectors, float4* sums) {
+// sums [kPartials / 8] is shared memory that nobody else uses meanwhile. whole_vectors: x is aligned and K a multiple of 8.
+template <bool whole_vectors = false, class T>
+__device__ __forceinline__ float inverse_rms(const T* x, int K, float eps, float4* sums) {
+    const bool vectors = whole_vectors || is_aligned(x);
     for (int first = 8 * threadIdx.x; first < kPartials; first += 8 * blockDim.x) {
         float partial[8] = {};
 #pragma unroll 4
         for (int k = first; k < K; k += kPartials) {
             float v[8];
-            load_eight(x + k, K - k, vectors, v);
+            load_eight(x + k, whole_vectors ? 8 : K - k, vectors, v);
 #pragma unroll
             for (int i = 0; i < 8; ++i) partial[i] = __fmaf_rn(v[i], v[i], partial[i]);
         }

@@ -14,7 +14,8 @@ template <class T> constexpr bool kIsBf16 = false;
 template <> constexpr bool kIsBf16<bf16> = true;
 
 // What to prepare: x [T, K], or with a norm bf16(rms_norm(x)), or with silu bf16(silu(gate) · up) of x = gate | up.
-template <class T, bool k_is_whole_tiles>
+// whole_vectors: K is a multiple of 16, and rows, their second halves and the norm's weight begin at 16 bytes.
+template <class T, bool whole_vectors>
 struct RowSource {
     const T* x;  // [T, K], silu [T, 2K]; rows `stride` elements apart
     i64 stride;
@@ -24,10 +25,11 @@ struct RowSource {
     int K;     // at most 32768
 
     using Element = T;
-    __device__ __forceinline__ int left(int k) const { return k_is_whole_tiles ? kTile : K - k; }
+    static constexpr bool kWholeVectors = whole_vectors;
+    __device__ __forceinline__ int left(int k) const { return whole_vectors ? kTile : K - k; }
     __device__ __forceinline__ bool fused() const { return norm_weight || silu; }
     __device__ __forceinline__ const T* row() const { return x + blockIdx.x * stride; }
-    __device__ __forceinline__ bool vectors() const { return is_aligned(row()) && (!silu || is_aligned(row() + K)); }
+    __device__ __forceinline__ bool vectors(const void* from) const { return whole_vectors || is_aligned(from); }
 };
 
 // ---- tiles: sixteen neighbours as fp32, or as eight words of two bf16. n may be 16 or more, what is missing is 0. ----
@@ -82,13 +84,14 @@ struct RowScratch {
 template <class Source>
 __device__ __forceinline__ void make_tile(const Source& from, int k, float inverse_rms, u32 (&words)[8]) {
     float x[kTile], other[kTile];
-    load_tile(from.row() + k, from.left(k), from.vectors(), x);
+    load_tile(from.row() + k, from.left(k), from.vectors(from.row()), x);
     if (from.silu) {
-        load_tile(from.row() + from.K + k, from.left(k), from.vectors(), other);
+        const auto* up = from.row() + from.K;
+        load_tile(up + k, from.left(k), from.vectors(up), other);
 #pragma unroll
         for (int i = 0; i < kTile; ++i) x[i] = silu_mul(x[i], other[i]);
     } else {
-        load_tile(from.norm_weight + k, from.left(k), is_aligned(from.norm_weight), other);
+        load_tile(from.norm_weight + k, from.left(k), from.vectors(from.norm_weight), other);
 #pragma unroll
         for (int i = 0; i < kTile; ++i) x[i] = normalised(x[i], inverse_rms, other[i]);
     }
@@ -99,9 +102,9 @@ __device__ __forceinline__ void make_tile(const Source& from, int k, float inver
 // bits of its largest magnitude, for every thread; those of infinity and NaN are larger than any number's.
 template <class Source>
 __device__ __forceinline__ u32 make_row(const Source& from, uint4* made, RowScratch& scratch) {
-    const bool fused = from.fused(), vectors = from.vectors();
-    const float scale =
-        from.norm_weight ? inverse_rms(from.row(), from.K, from.eps, vectors, scratch.sums) : 0.0f;
+    const bool fused = from.fused(), vectors = from.vectors(from.row());
+    float scale = 0.0f;
+    if (from.norm_weight) scale = inverse_rms<Source::kWholeVectors>(from.row(), from.K, from.eps, scratch.sums);
     __nv_bfloat162 most_of_words = __floats2bfloat162_rn(0.0f, 0.0f);
     u32 most = 0;
     for (int k = kTile * threadIdx.x; k < from.K; k += kTile * blockDim.x) {
@@ -163,11 +166,11 @@ __device__ __forceinline__ void row_tile(const Source& from, const uint4* made, 
     if (kIsBf16<typename Source::Element> || from.fused()) {
         u32 words[8];
         if (from.fused()) load_tile(reinterpret_cast<const bf16*>(made) + k, kTile, true, words);
-        else load_tile(reinterpret_cast<const bf16*>(from.row()) + k, from.left(k), from.vectors(), words);
+        else load_tile(reinterpret_cast<const bf16*>(from.row()) + k, from.left(k), from.vectors(from.row()), words);
         if constexpr (divided) divisor.divide(words, x);
         else unpack_tile(words, x);
     } else {
-        load_tile(from.row() + k, from.left(k), from.vectors(), x);
+        load_tile(from.row() + k, from.left(k), from.vectors(from.row()), x);
         if constexpr (divided) divisor.divide(x);
     }
 }

@@ -2,7 +2,8 @@
 // of x, of bf16(rms_norm(x)) or of bf16(silu(gate) · up). engine/ops/fp4/split.py says what each number is.
 //
 //   in    x [T, K] bf16, f16 or f32 (silu: gate | up [T, 2K]), rows x_stride elements apart; norm_weight [K] float32 or
-//         null; K a multiple of 32 (hif4: 64), at most 32768; tensor_amax: null for a g per row, else of all rows
+//         null; K a multiple of 32 (hif4: 64), at most 32768; x, norm_weight and every row begin at 16 bytes;
+//         tensor_amax: null for a g per row, else the largest magnitude of all rows
 //   out   SharqOperand's arrays with K rounded up to P, a multiple of 128, without gaps between rows:
 //             g [T] float32                residual [T, P/2]       residual_scale [T, P/16] (mxfp4 P/32, hif4 u32 P/64)
 //             backbone [T, P/4], meta [T, P/16] (hif4 P/8), backbone_scale [T, P/32] (hif4 u32 P/64)         …_sparse

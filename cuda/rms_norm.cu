@@ -15,7 +15,7 @@ __device__ __forceinline__ void rms_norm(const T* x, i64 x_stride, const float* 
     x += blockIdx.x * x_stride;
     out += blockIdx.x * out_stride;
     const bool load_vectors = is_aligned(x), weight_vectors = is_aligned(weight), store_vectors = is_aligned(out);
-    const float scale = inverse_rms(x, C, eps, load_vectors, sums);
+    const float scale = inverse_rms(x, C, eps, sums);
 #pragma unroll 2
     for (int c = 8 * threadIdx.x; c < C; c += 8 * blockDim.x) {
         float v[8], w[8];

@@ -1,0 +1,94 @@
+"""Every kernel compiles with nvcc for every architecture, without spilling registers beyond what is stated here.
+
+The emulator shows that a kernel computes the right thing; only NVIDIA's compiler shows that it is CUDA, and what it
+costs. Reports are kept on disk by the hash of all that goes in, so only what changed is compiled again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from engine.cache_directory import cache_directory
+from engine.errors import DeviceError
+from engine.ops.gpu import sources
+
+try:
+    CUDA = sources.cuda_directory()
+except DeviceError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a")
+FLAGS = ("-std=c++17", "-cubin", "-Xptxas", "-v")
+# Bytes a kernel may spill (stores and loads together), and why; a kernel that is not here spills nothing.
+SPILLS: dict[str, int] = {}
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+ENTRY = re.compile(r"\bKERNEL (\w+)\(|__global__[^;{]*?\bvoid\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(")
+
+
+@cache
+def nvcc() -> str:
+    """The compiler on PATH, in $CUDA_HOME, or of the nvidia-cuda-nvcc wheel."""
+    candidates = [shutil.which("nvcc")]
+    if home := os.environ.get("CUDA_HOME"):
+        candidates.append(f"{home}/bin/nvcc")
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        candidates += sorted(map(str, Path(folder).glob("*/bin/nvcc")))
+    for candidate in candidates:
+        if candidate and Path(candidate).exists():
+            return candidate
+    pytest.skip("nvcc is neither on PATH nor in $CUDA_HOME nor installed as a wheel (pip install nvidia-cuda-nvcc)")
+
+
+@cache
+def version() -> str:
+    return subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def report(source: Path, arch: str) -> str:
+    """What ptxas says of the file's kernels."""
+    texts = [path.read_bytes() for path in (source, *sorted(CUDA.glob("*.cuh")))]
+    key = hashlib.sha256(b"\0".join([version().encode(), arch.encode(), " ".join(FLAGS).encode(), *texts])).hexdigest()
+    kept = cache_directory("ptxas") / f"{source.stem}-{arch}-{key[:24]}.txt"
+    if kept.is_file():
+        return kept.read_text()
+    includes = [f"-I{folder}" for folder in sources.cuda_include_directories()]
+    command = [nvcc(), *FLAGS, f"-arch={arch}", *includes, str(source), "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = kept.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(done.stdout + done.stderr)
+    unfinished.replace(kept)
+    return kept.read_text()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("source", sorted(CUDA.glob("*.cu")), ids=lambda path: path.stem)
+def test_compiles_without_spills(source: Path, arch: str) -> None:
+    text = report(source, arch)
+    assert "warning" not in text, text
+    kernels = list(KERNEL.finditer(text))
+    assert kernels, f"no kernel in ptxas's report:\n{text}"
+    for kernel in kernels:
+        spilt = int(kernel["stores"]) + int(kernel["loads"])
+        allowed = SPILLS.get(kernel["name"], 0)
+        assert spilt <= allowed, f"{kernel['name']} spills {spilt} bytes at {kernel['registers']} registers on {arch}"
+
+
+def test_what_is_allowed_to_spill_exists() -> None:
+    names = {name for path in CUDA.glob("*.cu") for pair in ENTRY.findall(path.read_text()) for name in pair}
+    assert names >= set(SPILLS)
