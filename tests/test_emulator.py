@@ -141,6 +141,13 @@ def test_producer_and_consumer(correct: EmulatedModule, schedule: Schedule) -> N
     np.testing.assert_array_equal(out, x[:, ::-1])
 
 
+def test_pipeline_of_bulk_copies(correct: EmulatedModule, schedule: Schedule) -> None:
+    x = whole(0, 1000, 5, 32)
+    out = np.zeros(32, np.int32)
+    correct.launch("bulk_pipeline", (1, 1, 1), (64, 1, 1), 0, [x, out, np.int32(5)], schedule=schedule)
+    np.testing.assert_array_equal(out, x.sum(0)[::-1])
+
+
 # --- Planted bugs -----------------------------------------------------------------------------------------------------
 
 F32, U32, I32 = np.float32, np.uint32, np.int32
@@ -165,6 +172,8 @@ BUGS: list[tuple[str, str, int, int, int, Sequence[Any]]] = [
     ("unwritten_dynamic_byte", f"{UNWRITTEN}: .*byte 64 of 80", 64, 1, 80, [zeros(64, np.uint8)]),
     ("weak_wait_group", "in flight: .*bugs.cu", 64, 1, 0, [zeros(512), zeros(64)]),
     ("wait_without_barrier", f"in flight|{RACE}|{UNWRITTEN}", 64, 1, 0, [zeros(512), zeros(64)]),
+    ("stage_not_emptied", f"in flight|{RACE}", 32, 1, 0, [zeros(64, I32), zeros(32, I32)]),
+    ("stage_not_awaited", f"in flight|{RACE}", 32, 1, 0, [zeros(32, I32), zeros(32, I32)]),
     ("beyond_inner_array", f"{SOURCE_LINE}: {BOUNDS}: index 8 of 'float \\[8\\]'", 8, 1, 0, [zeros(8)]),
     ("beyond_static", f"{BOUNDS}: write of 4 bytes at {SOURCE_LINE}: shared array values", 64, 1, 0, [zeros(64)]),
     ("into_the_neighbour", f"{BOUNDS}: .*shared array (first|second), byte 256 of 256", 64, 1, 0, [zeros(64)]),

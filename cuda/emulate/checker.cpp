@@ -69,6 +69,7 @@ void Checker::begin_block(unsigned linear_index, unsigned threads) {
     block_ = linear_index;
     threads_ = threads;
     now_ = settled_ = 1;
+    async_settled_ = 0;
     warp_settled_.assign((threads + kLanes - 1) / kLanes, 0);
     rows_.assign(threads, {});
     any_rows_ = false;
@@ -202,6 +203,9 @@ bool Checker::conflict(Access a, Access b) {
 bool Checker::knows(unsigned thread, const Node& old) const {
     if (old.kind == Access::in_flight) return false;
     if (old.block != block_) return known_blocks_[old.block];
+    if (old.thread == threads_) {
+        return old.time < async_settled_ || (any_rows_ && !rows_[thread].empty() && old.time < rows_[thread][threads_]);
+    }
     if (old.thread == thread || old.time < settled_) return true;
     if (old.thread / kLanes == thread / kLanes && old.time < warp_settled_[thread / kLanes]) return true;
     return any_rows_ && !rows_[thread].empty() && old.time < rows_[thread][old.thread];
@@ -210,7 +214,7 @@ bool Checker::knows(unsigned thread, const Node& old) const {
 /// Whether any later access that would conflict with `old` and not know it would do the same with the new access.
 bool Checker::covers(const Now& now, const History& history, const Node& old, uint8_t mask) const {
     if (old.kind == Access::in_flight) return false;
-    if (history.shared && old.time < settled_) return true;  // everybody knows it
+    if (history.shared && old.time < (old.thread == threads_ ? async_settled_ : settled_)) return true;  // all know it
     if ((old.mask & ~mask) || !knows(now.thread, old)) return false;
     return now.kind == Access::write || now.kind == old.kind;
 }
@@ -230,9 +234,10 @@ void Checker::begin_write(const void* pointer, size_t bytes) {
     access(pointer, bytes, Access::in_flight, self().id, kernel_pc());
 }
 
-void Checker::end_write(const void* pointer, size_t bytes) {
+void Checker::end_write(const void* pointer, size_t bytes, const void* object) {
     auto* at = static_cast<const std::byte*>(pointer);
     if (!shared_memory.contains(at)) return;
+    unsigned writer = object ? threads_ : self().id;
     size_t first = size_t(at - shared_.base), end = first + bytes;
     for (size_t word = first / 4; word * 4 < end; ++word) {
         size_t from = std::max(first, word * 4) - word * 4, to = std::min(end, word * 4 + 4) - word * 4;
@@ -242,15 +247,22 @@ void Checker::end_write(const void* pointer, size_t bytes) {
             if (node.kind != Access::in_flight) continue;
             node.kind = Access::write;
             node.time = now_;
-            node.thread = uint16_t(self().id);
+            node.thread = uint16_t(writer);
         }
     }
+    if (!object) return;
+    Row& released = released_[object];
+    released.resize(threads_ + 1);
+    released[threads_] = ++now_;
 }
 
 // --- Synchronisation ------------------------------------------------------------------------------------------------
 
 void Checker::sync_block() {
     settled_ = ++now_;
+    for (const Row& row : rows_) {
+        if (any_rows_ && !row.empty()) async_settled_ = std::max(async_settled_, row[threads_]);
+    }
     if (any_rows_) rows_.assign(threads_, {});
     any_rows_ = false;
 }
@@ -268,8 +280,9 @@ void Checker::sync_lanes(unsigned mask) {
 
 /// All that `thread` knows, written out by thread.
 Checker::Row Checker::known_to(unsigned thread) const {
-    Row row = rows_[thread].empty() ? Row(threads_, 0) : rows_[thread];
-    for (uint32_t& time : row) time = std::max(time, settled_);
+    Row row = rows_[thread].empty() ? Row(threads_ + 1, 0) : rows_[thread];
+    for (unsigned u = 0; u < threads_; ++u) row[u] = std::max(row[u], settled_);
+    row[threads_] = std::max(row[threads_], async_settled_);
     unsigned warp = thread / kLanes;
     for (unsigned u = warp * kLanes; u < std::min(threads_, (warp + 1) * kLanes); ++u) {
         row[u] = std::max(row[u], warp_settled_[warp]);
@@ -279,7 +292,7 @@ Checker::Row Checker::known_to(unsigned thread) const {
 
 Checker::Row& Checker::row_of(unsigned thread) {
     any_rows_ = true;
-    if (rows_[thread].empty()) rows_[thread].assign(threads_, 0);
+    if (rows_[thread].empty()) rows_[thread].assign(threads_ + 1, 0);
     return rows_[thread];
 }
 
@@ -294,7 +307,7 @@ void take_maximum(std::vector<uint32_t>& into, const std::vector<uint32_t>& from
 
 void Checker::join(const std::vector<unsigned>& group) {
     ++now_;
-    Row all(threads_, 0);
+    Row all(threads_ + 1, 0);
     for (unsigned t : group) take_maximum(all, known_to(t));
     for (unsigned t : group) all[t] = now_;
     for (unsigned t : group) row_of(t) = all;
@@ -364,8 +377,9 @@ void Checker::report_race(const Now& now, const std::byte* at, const Node& old) 
         fail("in flight: %s; %s issued a copy there at %s and has not waited for it", what.c_str(),
              name_of(block.threads()[old.thread]).c_str(), where.c_str());
     }
-    std::string who = old.block == block_ ? name_of(block.threads()[old.thread])
-                                          : "thread number " + std::to_string(old.thread) + " of block number " + std::to_string(old.block);
+    std::string who = old.block != block_       ? "thread number " + std::to_string(old.thread) + " of block number " + std::to_string(old.block)
+                      : old.thread == threads_ ? "a bulk copy"
+                                               : name_of(block.threads()[old.thread]);
     fail("%s: %s; %s by %s at %s, and nothing orders the two", old.block == block_ ? "data race" : "race between blocks",
          what.c_str(), verb(old.kind), who.c_str(), where.c_str());
 }

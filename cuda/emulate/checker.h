@@ -48,9 +48,10 @@ public:
     void fence();                       // __threadfence and its relatives: makes later atomics release
     void atomic_order(const void* pointer);
 
-    // Asynchronous writes of the calling thread: in flight, then done.
+    // Asynchronous writes: in flight, then done. With an object they are released there, and are no thread's own;
+    // without one they become the calling thread's.
     void begin_write(const void* pointer, size_t bytes);
-    void end_write(const void* pointer, size_t bytes);
+    void end_write(const void* pointer, size_t bytes, const void* object);
 
 private:
     struct Node {
@@ -73,7 +74,7 @@ private:
         Region region;
         History history;  // no heads where the kernel does not write
     };
-    using Row = std::vector<uint32_t>;  // by thread: what it did before this time is known
+    using Row = std::vector<uint32_t>;  // by thread: what it did before this time is known; last, asynchronous writes
     using BlockSet = std::vector<bool>;
     struct Now {  // the access being checked
         const std::byte* pointer;
@@ -105,7 +106,9 @@ private:
     [[noreturn]] void report_out_of_bounds(const Now& now);
     [[noreturn]] void report_race(const Now& now, const std::byte* at, const Node& old);
 
-    uint32_t now_ = 1, settled_ = 1;
+    uint32_t now_ = 1;
+    uint32_t settled_ = 1;        // what any thread did before is known to all
+    uint32_t async_settled_ = 0;  // asynchronous writes before are known to all: a barrier alone does not order them
     std::vector<uint32_t> warp_settled_;
     std::vector<Row> rows_;       // empty where a thread knows no more than its warp
     bool any_rows_ = false;
@@ -113,7 +116,7 @@ private:
     std::unordered_map<const void*, Row> released_;            // within the block
     std::unordered_map<const void*, BlockSet> released_to_blocks_;
     BlockSet known_blocks_;
-    unsigned block_ = 0, threads_ = 0;
+    unsigned block_ = 0, threads_ = 0;  // threads_ is also the number of the thread that asynchronous writes count as
 
     History shared_;
     std::vector<uint8_t> written_;  // by word of shared memory: mask of bytes that have a value
@@ -137,7 +140,7 @@ struct Checker {  // the fast build's: nothing
     void fence() {}
     void atomic_order(const void*) {}
     void begin_write(const void*, size_t) {}
-    void end_write(const void*, size_t) {}
+    void end_write(const void*, size_t, const void*) {}
 };
 
 #endif

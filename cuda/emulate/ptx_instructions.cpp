@@ -274,7 +274,7 @@ std::vector<BulkCopy> flying;
 
 void land(const BulkCopy& copy) {
     std::memcpy(copy.to, copy.from, copy.bytes);
-    async_write_end(copy.to, copy.bytes);
+    async_write_end(copy.to, copy.bytes, copy.barrier);
     sync_release(copy.barrier);
     copy.barrier->bytes -= static_cast<int32_t>(copy.bytes);
     copy.barrier->complete_if_done();

@@ -101,7 +101,7 @@ void land_before(unsigned group) {
     auto still = std::find_if(copies.begin(), copies.end(), [=](const AsyncCopy& copy) { return copy.group >= group; });
     for (auto copy = copies.begin(); copy != still; ++copy) {
         if (block.lazy_copies()) carry_out(*copy);
-        checker.end_write(copy->dst, copy->bytes + copy->zero_fill_bytes);
+        checker.end_write(copy->dst, copy->bytes + copy->zero_fill_bytes, nullptr);
     }
     copies.erase(copies.begin(), still);
 }
@@ -133,6 +133,6 @@ void async_wait(unsigned pending_groups, Site) {
 void async_wait_all(Site) { land_before(self().group + 1); }
 
 void async_write_begin(void* dst, size_t bytes, Site) { checker.begin_write(dst, bytes); }
-void async_write_end(void* dst, size_t bytes) { checker.end_write(dst, bytes); }
+void async_write_end(void* dst, size_t bytes, const void* object) { checker.end_write(dst, bytes, object); }
 
 } // namespace emu

@@ -92,9 +92,11 @@ void async_wait(unsigned pending_groups, Site site); ///< wait_group N: at most 
 void async_wait_all(Site site);                      ///< also copies not yet committed
 
 /// Writes by an asynchronous unit (bulk copies, TMA): between begin and end any access to the bytes is reported. The
-/// caller moves the bytes itself, anywhere between the two, and releases the mbarrier afterwards.
+/// caller moves the bytes itself, anywhere between the two. From then on those who acquire `object` (the mbarrier) may
+/// access them, and who has met one of those at a barrier since; the thread that ends the write is not among them by
+/// that alone.
 void async_write_begin(void* dst, size_t bytes, Site site);
-void async_write_end(void* dst, size_t bytes);
+void async_write_end(void* dst, size_t bytes, const void* object);
 
 /// True if asynchronous work should land as late as the program allows (the schedule's choice), false for at once.
 bool async_is_lazy();

@@ -117,6 +117,37 @@ extern "C" __global__ void wait_without_barrier(const float* x, float* out) {
     out[threadIdx.x] = buffer[511 - 4 * threadIdx.x];
 }
 
+/// Two tiles through one stage: the second is fetched without waiting until the first has been read.
+extern "C" __global__ void stage_not_emptied(const int* x, int* out) {
+    __shared__ __align__(16) int stage[32];
+    __shared__ __align__(8) unsigned long long full[2];
+    if (threadIdx.x < 2) mbarrier_init(shared_address(&full[threadIdx.x]), 1);
+    __syncthreads();
+    int sum = 0;
+    for (int tile = 0; tile < 2; ++tile) {
+        if (threadIdx.x == 0) {
+            mbarrier_arrive_expect(shared_address(&full[tile]), sizeof stage);
+            bulk_copy(shared_address(stage), x + tile * 32, sizeof stage, shared_address(&full[tile]));
+        }
+        mbarrier_wait(shared_address(&full[tile]), 0);
+        sum += stage[31 - threadIdx.x];
+    }
+    out[threadIdx.x] = sum;
+}
+
+/// The mbarrier counts the copy, but nobody waits for it.
+extern "C" __global__ void stage_not_awaited(const int* x, int* out) {
+    __shared__ __align__(16) int stage[32];
+    __shared__ __align__(8) unsigned long long full;
+    if (threadIdx.x == 0) {
+        mbarrier_init(shared_address(&full), 1);
+        mbarrier_arrive_expect(shared_address(&full), sizeof stage);
+        bulk_copy(shared_address(stage), x, sizeof stage, shared_address(&full));
+    }
+    __syncthreads();
+    out[threadIdx.x] = stage[31 - threadIdx.x];
+}
+
 // --- Bounds --------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void beyond_static(float* out) {

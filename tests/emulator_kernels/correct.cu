@@ -170,6 +170,40 @@ extern "C" __global__ void producer_consumer(const int* x, int* out, int rounds)
     }
 }
 
+// --- A pipeline of bulk copies and mbarriers -----------------------------------------------------------------------------
+
+/// out[lane] = sum over tiles of x[tile·32 + 31 - lane]: warp 0 fetches through two stages, warp 1 consumes.
+extern "C" __global__ void bulk_pipeline(const int* x, int* out, int tiles) {
+    __shared__ __align__(16) int stage[2][32];
+    __shared__ __align__(8) unsigned long long full[2], empty[2];
+    int lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; ++i) {
+            mbarrier_init(shared_address(&full[i]), 1);
+            mbarrier_init(shared_address(&empty[i]), 32);
+        }
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int tile = 0; tile < tiles; ++tile) {
+            int i = tile % 2, round = tile / 2;
+            if (round > 0) mbarrier_wait(shared_address(&empty[i]), (round - 1) & 1);
+            mbarrier_arrive_expect(shared_address(&full[i]), sizeof stage[i]);
+            bulk_copy(shared_address(stage[i]), x + tile * 32, sizeof stage[i], shared_address(&full[i]));
+        }
+    } else if (threadIdx.x >= 32) {
+        int sum = 0;
+        for (int tile = 0; tile < tiles; ++tile) {
+            int i = tile % 2, round = tile / 2;
+            mbarrier_wait(shared_address(&full[i]), round & 1);
+            sum += stage[i][31 - lane];
+            mbarrier_arrive(shared_address(&empty[i]));
+        }
+        out[lane] = sum;
+    }
+}
+
 // --- Shapes of arguments -----------------------------------------------------------------------------------------------
 
 extern "C" __global__ void every_kind(const float* absent, double* out, signed char a, unsigned short b, long long c,
