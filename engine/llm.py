@@ -134,7 +134,7 @@ class LLM:
         bar = partial(progress_bar, shown=progress)
         loaded = load_model(self.config, path, ops, self._dtype, self.quant, self._scheme, cache=cache, progress=bar)
         self._weights = loaded.weights
-        self._plan = plan_cache(self.config, engine, ops.kv_block_size, self._dtype.itemsize)
+        self._plan = plan_cache(self.config, engine, ops, self._dtype.itemsize)
         return ModelRunner(loaded.model, ops, self._plan, self._dtype)
 
     def _start(self, engine: EngineConfig, ops: Ops, runner: ModelRunner, stop_token_ids: Iterable[int]) -> Worker:

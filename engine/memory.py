@@ -48,3 +48,11 @@ def _read(name: str) -> str:
         return Path("/sys/fs/cgroup", name).read_text().strip()
     except OSError:
         return ""
+
+
+def kv_cache_budget() -> int:
+    """Bytes that a KV cache on the CPU may take now unless told otherwise.
+
+    An embedded engine is a guest; and the cap of max_num_seqs x max_model_len usually binds first.
+    """
+    return available_memory() // 4

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from engine.config import EngineConfig, ModelConfig
 from engine.core import Batch
 from engine.errors import CapacityError, InvalidArgument
-from engine.memory import available_memory
 from engine.models.decoder import Decoder
 from engine.ops.contract import Array, KVCache, Ops
 
@@ -25,9 +24,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
-# Share of the memory left after loading that the KV cache may take unless told otherwise: an embedded engine is a
-# guest, and the cap of max_num_seqs x max_model_len usually binds first.
-_KV_SHARE = 0.25
 
 
 def activation_dtype(name: str, stored: str) -> np.dtype[Any]:
@@ -62,17 +58,15 @@ class CachePlan:
         return f"KV cache {tokens} tokens ({self.nbytes / 2**20:.0f} MiB), sequences up to {self.max_model_len} tokens"
 
 
-def plan_cache(model: ModelConfig, engine: EngineConfig, block_size: int, itemsize: int) -> CachePlan:
+def plan_cache(model: ModelConfig, engine: EngineConfig, ops: Ops, itemsize: int) -> CachePlan:
     """Size the cache from the memory available now, capped by what max_num_seqs sequences of full length need.
 
     Raises InvalidArgument as `sequence_length` does, CapacityError where a max_model_len that was asked for, or any
     sequence at all, cannot fit.
     """
-    length = sequence_length(model, engine)
+    length, block_size = sequence_length(model, engine), ops.kv_block_size
     block_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * block_size * itemsize
-    budget = engine.kv_cache_bytes
-    if budget is None:
-        budget = int(available_memory() * _KV_SHARE)
+    budget = ops.kv_cache_budget() if engine.kv_cache_bytes is None else engine.kv_cache_bytes
     num_blocks = min(engine.max_num_seqs * -(-length // block_size), budget // block_bytes)
     fitting = num_blocks * block_size
     if fitting < (2 if engine.max_model_len is None else length):

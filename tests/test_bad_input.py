@@ -25,7 +25,7 @@ from test_weights_fuzz import spoil_json, spoil_safetensors
 from tiny_models import V, tensors, write_model
 from tiny_models import _write_weights as write_weights
 
-import engine.runner
+import engine.memory
 from engine import LLM, SamplingParams
 from engine.errors import (
     CapacityError,
@@ -332,7 +332,7 @@ def test_little_memory_shortens_what_was_not_asked_for_and_refuses_what_was(
 ) -> None:
     with LLM(directory) as llm:
         block_bytes, block = llm._plan.nbytes // llm._plan.num_blocks, llm._plan.block_size
-    monkeypatch.setattr(engine.runner, "available_memory", lambda: 4 * 3 * block_bytes)  # a quarter is for the cache
+    monkeypatch.setattr(engine.memory, "available_memory", lambda: 4 * 3 * block_bytes)  # a quarter is for the cache
     with LLM(directory) as llm:
         assert llm.max_model_len == 3 * block and f"up to {3 * block} tokens" in llm.describe()
         assert llm.generate("x" * (3 * block - 1), GREEDY)[0].outputs[0].finish_reason == "length"
@@ -340,7 +340,7 @@ def test_little_memory_shortens_what_was_not_asked_for_and_refuses_what_was(
             llm.generate("x" * 3 * block)
     with pytest.raises(CapacityError, match=f"holds {3 * block} tokens, fewer than the wanted 100"):
         LLM(directory, max_model_len=100)
-    monkeypatch.setattr(engine.runner, "available_memory", lambda: 0)
+    monkeypatch.setattr(engine.memory, "available_memory", lambda: 0)
     with pytest.raises(CapacityError, match="holds 0 tokens"):
         LLM(directory)
 

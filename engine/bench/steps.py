@@ -24,9 +24,7 @@ class OneSequence:
     """
 
     def __init__(self, model: Decoder, ops: Ops, dtype: np.dtype[Any], length: int) -> None:
-        plan = plan_cache(
-            model.config, EngineConfig(max_model_len=length, max_num_seqs=1), ops.kv_block_size, dtype.itemsize
-        )
+        plan = plan_cache(model.config, EngineConfig(max_model_len=length, max_num_seqs=1), ops, dtype.itemsize)
         self._runner = ModelRunner(model, ops, plan, dtype)
         self._block_table = np.arange(plan.num_blocks, dtype=np.int32)[None, :]
         self.cache_bytes = plan.nbytes

@@ -246,6 +246,9 @@ class Ops(Protocol):
     def silu_mul(self, gate_up: Array, *, out: Array) -> Array:
         """out = silu(gate) · up; gate_up [T, 2F] = gate | up; out [T, F]."""
 
+    def kv_cache_budget(self) -> int:
+        """Bytes that a KV cache may take now unless told otherwise."""
+
     def new_kv_cache(
         self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
     ) -> KVCache:

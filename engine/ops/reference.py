@@ -28,6 +28,7 @@ from engine.core import Batch
 from engine.errors import InvalidArgument, NumericalError
 from engine.fp4_types import BLOCKS, Format, Fp4Matrix, SharqOperand
 from engine.fp8_types import Fp8Matrix, Fp8Operand
+from engine.memory import kv_cache_budget
 from engine.ops import fp8
 from engine.ops.contract import Array, Norm
 from engine.ops.fp4 import blocks, grades, product
@@ -421,6 +422,9 @@ class ReferenceOps:
         gate, up = np.split(_f32(gate_up), 2, axis=-1)
         out[...] = (gate / (np.float32(1) + exp32(-gate))) * up
         return out
+
+    def kv_cache_budget(self) -> int:
+        return kv_cache_budget()
 
     def new_kv_cache(
         self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]

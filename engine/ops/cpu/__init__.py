@@ -37,6 +37,7 @@ from engine._native import KVCache, PackedFp4, PackedFp8, PackedWeight, Prepared
 from engine.core import Batch
 from engine.fp4_types import Format, Fp4Matrix, SharqOperand
 from engine.fp8_types import Fp8Matrix, Fp8Operand
+from engine.memory import kv_cache_budget
 from engine.ops.contract import Array, Norm
 from engine.ops.cpu.threads import default_threads
 from engine.ops.fp4.grades import Grade
@@ -216,6 +217,9 @@ class CpuOps:
     def silu_mul(self, gate_up: Array, *, out: Array) -> Array:
         self._native.silu_mul(gate_up, out)
         return out
+
+    def kv_cache_budget(self) -> int:
+        return kv_cache_budget()
 
     def new_kv_cache(
         self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]

@@ -148,6 +148,9 @@ class GpuOps:
     def all_finite(self, array: Array) -> bool:
         return self._host.all_finite(array)
 
+    def kv_cache_budget(self) -> int:
+        return self.device.kv_cache_budget()
+
     def new_kv_cache(
         self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
     ) -> GpuKVCache:

@@ -21,6 +21,7 @@ _ARCHITECTURES = {
     (8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a", (12, 0): "sm_120a",
     (12, 1): "sm_121a",
 }  # fmt: skip
+_KV_SHARE = 0.9  # of what the weights left; the rest is scratch, and grows with the batch
 _DEFAULT_SHARED = 48 << 10  # dynamic shared memory that a kernel may have without asking
 
 
@@ -138,7 +139,11 @@ class CudaDevice:
         args = tuple(_argument(value) for value in launch.args)
         kernel(launch.grid, launch.block, args, shared_mem=launch.shared)
 
+    def kv_cache_budget(self) -> int:
+        return int(self.free_bytes() * _KV_SHARE)
+
     def free_bytes(self) -> int:
+        """Memory that could be had now."""
         free, _ = self._cupy.cuda.runtime.memGetInfo()
         return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
 

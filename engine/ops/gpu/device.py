@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.memory import available_memory
+from engine.memory import kv_cache_budget
 from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule, Schedule
 from engine.ops.gpu.host_build import Architecture
 from engine.ops.gpu.launch import Launch
@@ -35,8 +35,8 @@ class Device(Protocol):
     def launch(self, launch: Launch) -> None:
         """Put one kernel behind those launched before."""
 
-    def free_bytes(self) -> int:
-        """Memory that could be had now."""
+    def kv_cache_budget(self) -> int:
+        """Bytes that a KV cache may take now unless told otherwise."""
 
 
 class EmulatedDevice:
@@ -79,5 +79,5 @@ class EmulatedDevice:
             self._modules[launch.source] = module
         module.launch(launch.kernel, launch.grid, launch.block, launch.shared, launch.args, schedule=self._schedule)
 
-    def free_bytes(self) -> int:
-        return available_memory()
+    def kv_cache_budget(self) -> int:
+        return kv_cache_budget()
