@@ -3,7 +3,7 @@
 //   q, out [T, H·D] of T, rows q_stride and out_stride elements apart; H = G · KVH, D a multiple of 8 up to DP
 //   k_cache, v_cache [blocks, KVH, 16, D] of this layer (kv_cache.cuh), of T or E4M3; k_scales, v_scales [KVH] float32
 //   for E4M3, else null;  block_tables [S, table_stride] int32;  items [n, 8] int32, at most 16 rows each
-//   partials [P, KVH, partial_rows, D + 2] float32: o [rows, D], then m and l of every row; P counts the splits of all
+//   partials [P, KVH, partial_rows, D + 4] float32: o [rows, D], then m, l, 0, 0 of every row; P counts the splits of all
 //   items;  arrivals [n, KVH] uint32, zero before the first launch and left zero by each
 //
 // Grid (x, KVH, n): block (i, j, k) takes splits i, i + x, … of item k for KV head j, so x decides speed alone and one
@@ -17,10 +17,10 @@
 // A split's result goes to `partials`. Of an item with up to kFusedSplits splits the block that arrives last joins them
 // (no further launch, ~1.3 us saved); with more, attention_join does, with a block for each row. Both in ascending order.
 //
-// Reads 2·D·sizeof(KV) bytes per token and KV head once, writes and reads 4·G·(D + 2) per split and KV head (through L2;
+// Reads 2·D·sizeof(KV) bytes per token and KV head once, writes and reads 4·G·(D + 4) per split and KV head (through L2;
 // at most 11 % of K and V for G = 7 below 1024 tokens, 1.4 % beyond 16384). In flight per block: up to 2 tiles, 64 KB at
 // D = 128 in 16 bits; shared memory 73 KB, so 3 blocks on an SM with 227 KB, 1 on one with 99 KB.
-// Limits: fp32 activations and caches are refused by the launcher; D = 256 has one stage, so that 99 KB suffice.
+// Limits: no fp32 activations or caches; D > 128 has one stage, 71 KB, but with E4M3 101 KB: not on sm_86, 89, 120.
 // Unproven without hardware: all speed; that an MMA's rows give the same bits whatever the other rows hold; the last
 // arriver's fence. Reference: ReferenceOps.attention.
 #include "attention_tile.cuh"
@@ -50,7 +50,7 @@ struct DecodeArgs {
     __device__ __forceinline__ int group() const { return H / KVH; }
     __device__ __forceinline__ float value_scale(int kv_head) const { return v_scales ? v_scales[kv_head] : 1.0f; }
     __device__ __forceinline__ float* partial(const AttentionItem& item, int split, int kv_head) const {
-        return partials + (static_cast<i64>(item.first_partial + split) * KVH + kv_head) * partial_rows * (D + 2);
+        return partials + (static_cast<i64>(item.first_partial + split) * KVH + kv_head) * partial_rows * (D + 4);
     }
 };
 
@@ -76,7 +76,7 @@ __device__ __forceinline__ void join_partials(const DecodeArgs<T, KV>& a, const 
 #pragma unroll 4
         for (int split = 0; split < splits; ++split) {
             const float* partial = a.partial(item, split, kv_head);
-            const float2 state = __ldcg(reinterpret_cast<const float2*>(partial + a.partial_rows * a.D) + r);
+            const float4 state = __ldcg(reinterpret_cast<const float4*>(partial + a.partial_rows * a.D) + r);
             const float4 values = __ldcg(reinterpret_cast<const float4*>(partial + r * a.D + d));
             const JoinFactors by = join_factors(maximum, state.x);
             sum = join(sum, state.y, by);
@@ -217,7 +217,8 @@ __device__ __forceinline__ void store_split(const DecodeArgs<T, KV>& a, const At
                 *reinterpret_cast<u32*>(out + d) = Word<T>::pack(finished(x, per_sum), finished(y, per_sum));
         }
         if (partial && warp == 0 && q == 0)
-            reinterpret_cast<float2*>(partial + a.partial_rows * a.D)[row] = make_float2(split.rows.maximum[half], sum);
+            reinterpret_cast<float4*>(partial + a.partial_rows * a.D)[row] =
+                make_float4(split.rows.maximum[half], sum, 0.0f, 0.0f);
     }
 }
 
@@ -267,7 +268,7 @@ __device__ __forceinline__ void attention_decode(const DecodeArgs<T, KV>& a) {
     }
 }
 
-// attention_decode_<q's type>[_e4m3]_<DP>; D up to DP. attention_join_<q's type>.
+// attention_decode_<q's type>[_e4m3]_<DP>, D up to DP; attention_join_<q's type>. With -DHEAD_DIM=<DP> for that DP alone.
 #define PARAMETERS(T, KV)                                                                                             \
     const T *q, i64 q_stride, const KV *k_cache, const KV *v_cache, const int *block_tables, int table_stride,        \
         const int *items, int H, int KVH, int D, float scale, int window, const float *k_scales,                      \
@@ -275,21 +276,15 @@ __device__ __forceinline__ void attention_decode(const DecodeArgs<T, KV>& a) {
 #define ARGUMENTS                                                                                                     \
     {q, q_stride, k_cache, v_cache, block_tables, table_stride, items, H, KVH, D, scale, window, k_scales, v_scales,  \
      partials, partial_rows, arrivals, out, out_stride}
-#define ENTRY(name, T, KV, DP)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(kDecodeThreads) name(PARAMETERS(T, KV)) {                            \
+#define ENTRY(types, T, KV, DP)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(kDecodeThreads) attention_decode_##types##_##DP(PARAMETERS(T, KV)) { \
         attention_decode<T, KV, DP>(ARGUMENTS);                                                                       \
     }
-ENTRY(attention_decode_bf16_64, bf16, bf16, 64)
-ENTRY(attention_decode_bf16_96, bf16, bf16, 96)
-ENTRY(attention_decode_bf16_128, bf16, bf16, 128)
-ENTRY(attention_decode_bf16_256, bf16, bf16, 256)
-ENTRY(attention_decode_f16_64, f16, f16, 64)
-ENTRY(attention_decode_f16_96, f16, f16, 96)
-ENTRY(attention_decode_f16_128, f16, f16, 128)
-ENTRY(attention_decode_f16_256, f16, f16, 256)
-ENTRY(attention_decode_bf16_e4m3_64, bf16, u8, 64)
-ENTRY(attention_decode_bf16_e4m3_96, bf16, u8, 96)
-ENTRY(attention_decode_bf16_e4m3_128, bf16, u8, 128)
-ENTRY(attention_decode_bf16_e4m3_256, bf16, u8, 256)
+#define ENTRIES(DP) ENTRY(bf16, bf16, bf16, DP) ENTRY(f16, f16, f16, DP) ENTRY(bf16_e4m3, bf16, u8, DP)
+#ifdef HEAD_DIM
+ENTRIES(HEAD_DIM)
+#else
+ENTRIES(64) ENTRIES(96) ENTRIES(128) ENTRIES(256)
+#endif
 extern "C" __global__ void attention_join_bf16(PARAMETERS(bf16, bf16)) { attention_join<bf16, bf16>(ARGUMENTS); }
 extern "C" __global__ void attention_join_f16(PARAMETERS(f16, f16)) { attention_join<f16, f16>(ARGUMENTS); }

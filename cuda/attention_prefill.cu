@@ -11,8 +11,8 @@
 // cp.async brings the next tile while this one is worked on (D > 128: one stage, no overlap within the block).
 //
 // Per tile and warp 128 MMA (D = 128) beside some 350 other operations; 32 KB of K and V serve 128 rows: 8 FLOP a byte
-// of L2 and row. Shared memory: 70 KB at D = 128 in 16 bits, 51 KB in E4M3; D = 256: 68 KB, E4M3 100.4 KB, which parts
-// with 99 KB (sm_86, 89, 120) do not have. Reads K and V of a sequence once per 128 rows.
+// of L2 and row. Shared memory at D = 128: 68 KB, with E4M3 50; D = 256: 66 and 98 KB. Reads K and V of a sequence once
+// per 128 rows.
 //
 // deterministic = 1 makes a row's bits those of attention_decode, whatever the chunk and wherever it is cut. It costs
 // two operations per output element and split: at D = 128 128 per thread, every tile below 1024 tokens (~15 % of a tile's
@@ -182,24 +182,18 @@ __device__ __forceinline__ void attention_prefill(const PrefillArgs<T, KV>& a) {
         if (out[half]) rows.store(half, value_scale, out[half], a.D);
 }
 
-// attention_prefill_<q's type>[_e4m3]_<DP>; D up to DP.
-#define ENTRY(name, T, KV, DP)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(DP <= 128 ? 256 : 128)                                                \
-        name(const T* q, i64 q_stride, const KV* k_cache, const KV* v_cache, const int* block_tables,                  \
-             int table_stride, const int* items, int H, int KVH, int D, float scale, int window,                       \
-             const float* k_scales, const float* v_scales, int deterministic, T* out, i64 out_stride) {                \
+// attention_prefill_<q's type>[_e4m3]_<DP>, D up to DP. With -DHEAD_DIM=<DP> for that DP alone.
+#define ENTRY(types, T, KV, DP)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(DP <= 128 ? 256 : 128) attention_prefill_##types##_##DP(              \
+        const T* q, i64 q_stride, const KV* k_cache, const KV* v_cache, const int* block_tables, int table_stride,     \
+        const int* items, int H, int KVH, int D, float scale, int window, const float* k_scales,                       \
+        const float* v_scales, int deterministic, T* out, i64 out_stride) {                                            \
         attention_prefill<T, KV, DP>({q, q_stride, k_cache, v_cache, block_tables, table_stride, items, H, KVH, D,     \
                                       scale, window, k_scales, v_scales, deterministic, out, out_stride});             \
     }
-ENTRY(attention_prefill_bf16_64, bf16, bf16, 64)
-ENTRY(attention_prefill_bf16_96, bf16, bf16, 96)
-ENTRY(attention_prefill_bf16_128, bf16, bf16, 128)
-ENTRY(attention_prefill_bf16_256, bf16, bf16, 256)
-ENTRY(attention_prefill_f16_64, f16, f16, 64)
-ENTRY(attention_prefill_f16_96, f16, f16, 96)
-ENTRY(attention_prefill_f16_128, f16, f16, 128)
-ENTRY(attention_prefill_f16_256, f16, f16, 256)
-ENTRY(attention_prefill_bf16_e4m3_64, bf16, u8, 64)
-ENTRY(attention_prefill_bf16_e4m3_96, bf16, u8, 96)
-ENTRY(attention_prefill_bf16_e4m3_128, bf16, u8, 128)
-ENTRY(attention_prefill_bf16_e4m3_256, bf16, u8, 256)
+#define ENTRIES(DP) ENTRY(bf16, bf16, bf16, DP) ENTRY(f16, f16, f16, DP) ENTRY(bf16_e4m3, bf16, u8, DP)
+#ifdef HEAD_DIM
+ENTRIES(HEAD_DIM)
+#else
+ENTRIES(64) ENTRIES(96) ENTRIES(128) ENTRIES(256)
+#endif

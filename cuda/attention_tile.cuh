@@ -16,8 +16,8 @@
 // A tile or split of which a row sees nothing changes no bit of it, rows of an MMA do not meet, and where splits and
 // tiles begin follows from positions alone. So a row's bits follow from its own sequence, not from who computes it.
 //
-// Exact products, fp32 sums: against float64 the weights' rounding (2^-9 of each in bf16, 2^-12 in f16) and the result's
-// own dominate. A NaN or infinite V reaches earlier rows of its own sequence that share its tile (0 · inf); K does not.
+// Exact products, fp32 sums: against float64 the weights' rounding (up to 2^-8 of each in bf16, 2^-11 in f16) and the
+// result's own dominate. A NaN or infinite V reaches earlier rows of its own sequence that share its tile (0 · inf); K does not.
 //
 // KV types: T itself, or E4M3 codes (u8): k = k_scale[head] · code, v = v_scale[head] · code, fp32 scales per layer and
 // KV head, fixed for the cache's life; the writer stores e4m3(x / scale), nearest even, clamped to ±448. Codes widen to T

@@ -3,7 +3,7 @@
 A step is planned once, from the batch (`plan_attention`), and launched in every layer (`launches`). A row is a (token,
 query head) pair of one KV head's group, as in cuda/attention_tile.cuh. Sequences with few new rows are split along
 their context over many blocks (attention_decode); the others go through attention_prefill, 128 rows to a block. That
-choice follows from the sequence alone, so a batch-mate never changes a result; with `deterministic` the two kernels give
+choice follows from the sequence alone, so batch-mates never change a result; with `deterministic` the two kernels give
 a row the same bits.
 
 Nothing here allocates or launches: arrays, NumPy's or a device's, are the caller's, and `Launch` says what to run.
@@ -107,7 +107,7 @@ class AttentionPlan:
 
     def partials_size(self, shape: AttentionShape) -> int:
         """float32 elements of scratch."""
-        return self.num_partials * shape.KVH * self.partial_rows * (shape.D + 2)
+        return self.num_partials * shape.KVH * self.partial_rows * (shape.D + 4)
 
     def arrivals_size(self, shape: AttentionShape) -> int:
         """uint32 elements that are zero before the first launch; every launch leaves them zero."""
