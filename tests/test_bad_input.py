@@ -300,7 +300,7 @@ def test_the_same_directory_unspoiled_is_accepted(directory: Path, healthy: tupl
         ({"model": ""}, ModelNotFound, ("''",)),
         ({"model": "a\0b"}, ModelNotFound, ("a\\x00b",)),
         ({"revision": "main"}, InvalidArgument, ("main", "not downloaded")),
-        ({"device": "cuda"}, DeviceError, ("cuda",)),
+        ({"device": "emulate:sm_11"}, DeviceError, ("sm_11", "sm_120")),
         ({"device": "tpu"}, InvalidArgument, ("tpu", "cpu")),
         ({"dtype": "float8"}, InvalidArgument, ("float8", "bfloat16")),
         ({"threads": 0}, InvalidArgument, ("threads", "0")),
@@ -475,7 +475,7 @@ def refused(result: tuple[int, bytes, str]) -> str:
 
 
 def test_the_command_line_refuses_in_one_line(directory: Path) -> None:
-    assert "'cuda'" in refused(generate("--model", directory, "-p", "x", "--device", "cuda"))
+    assert "sm_11" in refused(generate("--model", directory, "-p", "x", "--device", "emulate:sm_11"))
     assert "(byte 1: " in refused(generate("--model", directory, "-p", "-", stdin=b"a\x80"))
     poison(NORM, np.nan)(directory)
     assert NORM in refused(generate("--model", directory, "-p", "x"))

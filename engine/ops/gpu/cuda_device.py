@@ -82,7 +82,7 @@ class CudaDevice:
         try:
             count = runtime.getDeviceCount()
         except runtime.CUDARuntimeError as problem:
-            raise DeviceError(f"no GPU can be used here ({problem}); use device='cpu'") from problem
+            raise DeviceError(f"device 'cuda': no GPU can be used here ({problem}); use device='cpu'") from problem
         if index >= count:
             raise DeviceError(f"there is no GPU number {index}; this machine has {count}")
         self._device = self._cupy.cuda.Device(index)
