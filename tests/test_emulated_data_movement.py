@@ -67,6 +67,11 @@ def test_a_row_must_be_aligned() -> None:
         probe("sm_80").launch("ldmatrix_misaligned", ONE, WARP, 0, arguments)
 
 
+def test_lanes_of_a_warp_at_different_instructions_are_an_error() -> None:
+    with pytest.raises(KernelFault, match=r"mma\.cuh"):
+        probe("sm_80").launch("divergent", ONE, WARP, 0, [np.zeros(1024, np.uint8), np.zeros(32, np.uint32)])
+
+
 # --- Copies -----------------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +362,9 @@ MUTANTS = [
     ("ldmatrix_x4", "[%4]", "%4", "do not have the form"),
     ("ldmatrix_x4", "[%4]", "[%4 + 8]", "not aligned to 16 bytes"),
     ("ldmatrix_x4", "[%4]", "[rows]", "neither an operand, nor declared"),
+    ("ldmatrix_x4", "ldmatrix.sync", "wgmma.fence.sync.aligned; ldmatrix.sync", "does not exist on sm_120"),
+    ("ldmatrix_x4", "ldmatrix.sync", "{.reg .pred p; ldmatrix.sync", "an unclosed brace"),
+    ("ldmatrix_x4", "[%4];", "[%4]; @p mov.b32 %0, %1;", "guarded instructions are not emulated"),
 ]
 KERNELS = {
     "mma_m16n8k16_bf16": "DENSE({name}, 4, 2, float, broken_{i}::mma_m16n8k16_bf16)",

@@ -275,7 +275,6 @@ std::vector<BulkCopy> flying;
 void land(const BulkCopy& copy) {
     std::memcpy(copy.to, copy.from, copy.bytes);
     async_write_end(copy.to, copy.bytes, copy.barrier);
-    sync_release(copy.barrier);
     copy.barrier->bytes -= static_cast<int32_t>(copy.bytes);
     copy.barrier->complete_if_done();
 }
@@ -411,7 +410,7 @@ void wgmma(const Warp& warp) {
             for (int k = 0; k < 16; ++k) factors.set_b(k, column, element, b[8 * j + column][k]);
         RealFragment<4> c(warp, 4 * j);
         if (!frame.get(scale_d)) std::memset(c.value, 0, sizeof c.value);
-        accumulate_fragment(factors, 16, accumulation(warp.arch(), element, 16), c.value);
+        accumulate(factors, 16, nullptr, accumulation(warp.arch(), element, 16), c.value);
         c.store(warp, 4 * j);
     }
 }

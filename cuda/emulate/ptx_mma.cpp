@@ -112,33 +112,15 @@ void step_with_specials(const Factors& factors, int row, int begin, int end, con
     for (int j = 0; j < 8; ++j) c[j] = found[j] ? decided[j] : c[j];
 }
 
-void tile_of(const float (&fragment)[32][4], float (&tile)[16][8]) {
-    for (int lane = 0; lane < 32; ++lane)
-        for (int r = 0; r < 4; ++r) tile[lane / 4 + 8 * (r >> 1)][2 * (lane & 3) + (r & 1)] = fragment[lane][r];
-}
-
-void fragment_of(const float (&tile)[16][8], float (&fragment)[32][4]) {
-    for (int lane = 0; lane < 32; ++lane)
-        for (int r = 0; r < 4; ++r) fragment[lane][r] = tile[lane / 4 + 8 * (r >> 1)][2 * (lane & 3) + (r & 1)];
-}
-
-void accumulate_on_fragment(const Factors& factors, int count, const uint8_t (*picked)[Factors::max_k],
-                            Accumulation how, float (&c)[32][4]) {
-    float tile[16][8];
-    tile_of(c, tile);
-    accumulate(factors, count, picked, how, tile);
-    fragment_of(tile, c);
-}
-
 template <int KA, int KB, class Code>
 void mma(Element element, Accumulation how, const Code (&a)[16][KA], const Code (&b)[8][KB],
-         const uint8_t (*picked)[Factors::max_k], float (&c)[32][4]) {
+         const Picked* picked, float (&c)[32][4]) {
     Factors factors;
     for (int row = 0; row < 16; ++row)
         for (int k = 0; k < KA; ++k) factors.set_a(row, k, element, a[row][k]);
     for (int column = 0; column < 8; ++column)
         for (int k = 0; k < KB; ++k) factors.set_b(k, column, element, b[column][k]);
-    accumulate_on_fragment(factors, KA, picked, how, c);
+    accumulate(factors, KA, picked, how, c);
 }
 
 // The nibbles of `count` chunks of four k, the first of them chunk `first` of the row.
@@ -201,19 +183,19 @@ void Factors::set_b(int k, int column, Element element, uint32_t code) {
     special = special || number.special;
 }
 
-void accumulate(const Factors& factors, int count, const uint8_t (*picked)[Factors::max_k], Accumulation how,
-                float (&c)[16][8]) {
-    for (int row = 0; row < 16; ++row)
+void accumulate(const Factors& factors, int count, const Picked* picked, Accumulation how, float (&c)[32][4]) {
+    for (int row = 0; row < 16; ++row) {
+        const auto element = [&](int j) -> float& { return c[4 * (row % 8) + j / 2][2 * (row / 8) + j % 2]; };
+        float sums[8];
+        for (int j = 0; j < 8; ++j) sums[j] = element(j);
         for (int begin = 0; begin < count; begin += how.step) {
             bool special = factors.special;
-            for (int j = 0; j < 8; ++j) special = special || !std::isfinite(c[row][j]);
-            (special ? step_with_specials : step_of_row)(factors, row, begin, begin + how.step,
-                                                         picked ? picked[row] : nullptr, how, c[row]);
+            for (int j = 0; j < 8; ++j) special = special || !std::isfinite(sums[j]);
+            const auto step = special ? step_with_specials : step_of_row;
+            step(factors, row, begin, begin + how.step, picked ? (*picked)[row] : nullptr, how, sums);
         }
-}
-
-void accumulate_fragment(const Factors& factors, int count, Accumulation how, float (&c)[32][4]) {
-    accumulate_on_fragment(factors, count, nullptr, how, c);
+        for (int j = 0; j < 8; ++j) element(j) = sums[j];
+    }
 }
 
 void mma_16(Element element, int arch, const uint32_t (&a)[32][4], const uint32_t (&b)[32][2], float (&c)[32][4]) {
@@ -235,7 +217,7 @@ void mma_sp_16(Element element, int arch, const uint32_t (&a)[32][4], const uint
     uint16_t a_codes[16][16], b_codes[8][32];
     unpack_a<2>(a, a_codes);
     unpack_b<2>(b, b_codes);
-    mma(element, accumulation(arch, element, 16), a_codes, b_codes, picked, c);
+    mma(element, accumulation(arch, element, 16), a_codes, b_codes, &picked, c);
 }
 
 }  // namespace ptx

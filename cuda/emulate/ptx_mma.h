@@ -23,8 +23,9 @@ enum class Element { bf16, f16, e4m3 };
 struct Accumulation {
     int fraction_bits;
     int step;           // products summed at once
-    bool short_result;  // fp32 with only 13 mantissa bits (fp8 on sm_89, and Hopper's wgmma fp8)
+    bool short_result;  // fp32 with only 13 mantissa bits
 };
+// Up to sm_89: 24 bits, two steps; e4m3 on sm_89: 13 bits, two steps, short results. From sm_90 on: 25 bits, one step.
 Accumulation accumulation(int arch, Element element, int k);
 
 // Codes of a 16 × 2ER or 8 × ER matrix from the lanes' registers, by the formulas above.
@@ -54,12 +55,11 @@ struct Factors {
     void set_a(int row, int k, Element element, uint32_t code);
     void set_b(int k, int column, Element element, uint32_t code);
 };
-// c += A B over the k = picked[row][s] of B, s < count; picked null: k = s.
-void accumulate(const Factors& factors, int count, const uint8_t (*picked)[Factors::max_k], Accumulation how,
-                float (&c)[16][8]);
+// k of B for each stored element of a sparse A.
+using Picked = uint8_t[16][Factors::max_k];
 
-// The same on a fragment, dense.
-void accumulate_fragment(const Factors& factors, int count, Accumulation how, float (&c)[32][4]);
+// c += A B, `count` products per element; of B the k that `picked` says, or all of them in order where it is null.
+void accumulate(const Factors& factors, int count, const Picked* picked, Accumulation how, float (&c)[32][4]);
 
 // All below: d in place of c.
 //
@@ -72,9 +72,7 @@ void accumulate_fragment(const Factors& factors, int count, Accumulation how, fl
 // CUTLASS's reorder_meta arranges for ldmatrix, the second is derived from the third: check it on hardware. Sparse
 // rounding is taken to be the dense step on (stored A, picked B), which is derived too.
 
-// k of B for each stored element of A.
-using Picked = uint8_t[16][Factors::max_k];
-// False where a nibble is illegal.
+// Sets picked from metadata; false where a nibble is illegal.
 bool pick_16(const uint32_t (&metadata)[32], int selector, Picked& picked);
 bool pick_s8_k32(const uint32_t (&metadata)[32], int selector, Picked& picked);
 bool pick_s8_k64(const uint32_t (&metadata)[32], Picked& picked);

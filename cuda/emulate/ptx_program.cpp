@@ -76,6 +76,8 @@ class Parser {
                 ++depth;
             } else if (token == "}") {
                 if (--depth < 0) fail("a closing brace too many");
+            } else if (token == "@") {
+                fail("guarded instructions are not emulated");
             } else if (token == ".reg") {
                 declare();
             } else {

@@ -29,7 +29,10 @@ template <int RA, int RB, class T, class F>
 __device__ void sparse(const uint32_t* a, const uint32_t* b, const uint32_t* e, T* c, F mma) {
     uint32_t re[1];
     fetch(re, e);
-    dense<RA, RB>(a, b, c, [&](T(&rc)[4], const uint32_t(&ra)[RA], const uint32_t(&rb)[RB]) { mma(rc, ra, rb, re[0]); });
+    const auto with_metadata = [&](T(&rc)[4], const uint32_t(&ra)[RA], const uint32_t(&rb)[RB]) {
+        mma(rc, ra, rb, re[0]);
+    };
+    dense<RA, RB>(a, b, c, with_metadata);
 }
 
 template <int RB, class F>
@@ -37,7 +40,10 @@ __device__ void scaled(const uint32_t* a, const uint32_t* b, const uint32_t* sa,
     uint32_t ra[1], rb[1];
     fetch(ra, sa);
     fetch(rb, sb);
-    dense<4, RB>(a, b, c, [&](float(&rc)[4], const uint32_t(&r)[4], const uint32_t(&s)[RB]) { mma(rc, r, s, ra[0], rb[0]); });
+    const auto with_scales = [&](float(&rc)[4], const uint32_t(&r)[4], const uint32_t(&s)[RB]) {
+        mma(rc, r, s, ra[0], rb[0]);
+    };
+    dense<4, RB>(a, b, c, with_scales);
 }
 
 // 64 rows of 16 bytes in shared memory, filled from and written back to global memory.
@@ -71,9 +77,11 @@ __device__ void warpgroup(const unsigned char* image, int bytes, uint64_t a, uin
 }  // namespace
 
 // --- Matrix products -------------------------------------------------------------------------------------------------
-#define DENSE(name, RA, RB, T, wrapper)                                              \
-    extern "C" __global__ void name(const uint32_t* a, const uint32_t* b, T* c) {    \
-        dense<RA, RB>(a, b, c, [](T(&rc)[4], const uint32_t(&ra)[RA], const uint32_t(&rb)[RB]) { wrapper(rc, ra, rb); }); \
+#define DENSE(name, RA, RB, T, wrapper)                                                           \
+    extern "C" __global__ void name(const uint32_t* a, const uint32_t* b, T* c) {                 \
+        dense<RA, RB>(a, b, c, [](T(&rc)[4], const uint32_t(&ra)[RA], const uint32_t(&rb)[RB]) {  \
+            wrapper(rc, ra, rb);                                                                  \
+        });                                                                                       \
     }
 #define SPARSE(name, RA, RB, T, wrapper)                                                               \
     extern "C" __global__ void name(const uint32_t* a, const uint32_t* b, const uint32_t* e, T* c) {   \
@@ -141,6 +149,18 @@ extern "C" __global__ void ldmatrix_misaligned(const unsigned char* image, uint3
     fill(image);
     uint32_t r[1];
     ptx::ldmatrix_x1(r, ptx::shared_address(tile()) + 16 * (threadIdx.x % 8) + (threadIdx.x == 5 ? 8 : 0));
+    store(out, r);
+}
+
+extern "C" __global__ void divergent(const unsigned char* image, uint32_t* out) {
+    fill(image);
+    uint32_t r[1];
+    const uint32_t at = ptx::shared_address(tile()) + 16 * (threadIdx.x % 8);
+    if (threadIdx.x % 2) {
+        ptx::ldmatrix_x1(r, at);
+    } else {
+        ptx::ldmatrix_x1_trans(r, at);
+    }
     store(out, r);
 }
 
@@ -273,7 +293,8 @@ extern "C" __global__ void bulk_pipeline(const int* from, int rounds, int flaw, 
         if (threadIdx.x == 0) {
             ptx::mbarrier_wait(ptx::shared_address(&empty[slot]), parity ^ 1);
             ptx::mbarrier_arrive_expect(ptx::shared_address(&full[slot]), flaw == 2 ? 128 : 256);
-            ptx::bulk_copy(ptx::shared_address(buffers[slot]), from + 64 * round, 256, ptx::shared_address(&full[slot]));
+            const uint32_t to = ptx::shared_address(buffers[slot]);
+            ptx::bulk_copy(to, from + 64 * round, 256, ptx::shared_address(&full[slot]));
         }
         if (flaw != 1) ptx::mbarrier_wait(ptx::shared_address(&full[slot]), parity);
         sum += buffers[slot][threadIdx.x % 64];
