@@ -94,6 +94,11 @@ __device__ __forceinline__ bool arrives_last(u32* arrivals) {
     return is_last;
 }
 
+template <class Weight>
+__device__ __forceinline__ u32 next_slot(u32 offset) {
+    return offset == (kStages - 1) * Weight::kUnitBytes ? 0 : offset + Weight::kUnitBytes;
+}
+
 // How the work is cut; see above.
 struct Cut {
     int slice_k, slices_per_block, chunk_k;
@@ -101,54 +106,102 @@ struct Cut {
     u32* arrivals;    // [gridDim.z, gridDim.x], zero
 };
 
-// Activations as they are, 16-bit x [M, K] with rows `stride` elements apart.
+// Eight neighbours of a row from column k on, as 32-bit words; beyond K zeros. vectors: rows are aligned to 16 bytes.
+__device__ __forceinline__ void load_sixteen_bytes(const void* row, int k, int K, bool vectors, u32 (&words)[4]) {
+    const unsigned short* from = static_cast<const unsigned short*>(row) + k;
+    if (vectors && k + 8 <= K) {
+        const uint4 raw = *reinterpret_cast<const uint4*>(from);
+        words[0] = raw.x, words[1] = raw.y, words[2] = raw.z, words[3] = raw.w;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 low = k + 2 * i < K ? from[2 * i] : 0, high = k + 2 * i + 1 < K ? from[2 * i + 1] : 0;
+        words[i] = low | high << 16;
+    }
+}
+
+// Activations as they are, x [M, K] of f16 or bf16 with rows `stride` elements apart, as factors of the same type.
 template <class T, class Weight>
 struct Rows {
+    static constexpr int kScaleGroup = 0;  // no scales
     const T* x;
     i64 stride;
     int K;
 
     __device__ __forceinline__ int paths() const { return 1; }
 
-    template <int>
-    __device__ __forceinline__ void fill_scales(float*, int, int, int, int) const {}
-
-    // Columns first … first + columns of k … k + count as the weight wants them; beyond K zeros.
-    __device__ __forceinline__ void fill(u8* to, int first, int columns, int k, int count) const {
+    template <int kTiles>
+    __device__ __forceinline__ void fill(u8* to, float*, int first, int columns, int k, int count) const {
         const bool vectors = is_aligned(x) && stride % 8 == 0;
         const int eights = count / 8;
         for (int i = threadIdx.x; i < columns * eights; i += blockDim.x) {
             const int column = i / eights, at = 8 * (i - column * eights);
-            const T* from = x + (first + column) * stride + k + at;
-            u32 words[4] = {};
-            if (vectors && k + at + 8 <= K) {
-                const uint4 raw = *reinterpret_cast<const uint4*>(from);
-                words[0] = raw.x, words[1] = raw.y, words[2] = raw.z, words[3] = raw.w;
-            } else {
-#pragma unroll
-                for (int j = 0; j < 8; ++j)
-                    if (k + at + j < K)
-                        words[j / 2] |= static_cast<u32>(reinterpret_cast<const unsigned short*>(from)[j]) << 16 * (j % 2);
-            }
+            u32 words[4];
+            load_sixteen_bytes(x + (first + column) * stride, k + at, K, vectors, words);
             Weight::store_eight(to + column * (2 * count + Weight::kColumnPadding), at, words);
         }
     }
 };
 
+// bf16 activations as f16 factors, each 128 k of a row under a power of two that brings the largest to [2^15, 2^16): exact
+// but for elements 2^-29 and less of that largest one, whose error is at most 2^-40 of it.
+template <class Weight>
+struct RowsAsF16 {
+    static constexpr int kScaleGroup = 128;
+    const bf16* x;
+    i64 stride;
+    int K;
+
+    __device__ __forceinline__ int paths() const { return 1; }
+
+    template <int kTiles>
+    __device__ __forceinline__ void fill(u8* to, float* scales, int first, int columns, int k, int count) const {
+        const bool vectors = is_aligned(x) && stride % 8 == 0;
+        const int eights = count / 8, items = columns * eights, lane = lane_of_warp();
+        for (int start = threadIdx.x - lane; start < items; start += blockDim.x) {
+            const int i = start + lane, column = min(i, items - 1) / eights, at = 8 * (i - column * eights);
+            u32 words[4] = {}, largest = 0;
+            if (i < items) load_sixteen_bytes(x + (first + column) * stride, k + at, K, vectors, words);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) largest = max(largest, max(words[j] << 16 & 0x7fff0000u, words[j] & 0x7fff0000u));
+#pragma unroll
+            for (int distance = 1; distance < 16; distance *= 2)
+                largest = max(largest, __shfl_xor_sync(kAllLanes, largest, distance));
+            if (i >= items) continue;
+            const u32 exponent = max(largest >> 23, 16u) - 15;  // of the scale, biased
+            const float inverse = __uint_as_float((254 - exponent) << 23);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                words[j] = Word<f16>::pack(__fmul_rn(Word<bf16>::low(words[j]), inverse),
+                                           __fmul_rn(Word<bf16>::high(words[j]), inverse));
+            Weight::store_eight(to + column * (2 * count + Weight::kColumnPadding), at, words);
+            if (at % 128 == 0) scales[at / 128 * (kColumns * kTiles) + column] = __uint_as_float(exponent << 23);
+        }
+        for (int i = threadIdx.x; i < count / 128 * (kColumns * kTiles); i += blockDim.x)
+            if (i % (kColumns * kTiles) >= columns) scales[i] = 0.0f;
+    }
+};
+
 // Weight:
 //     kUnitK, kUnitBytes, kColumnPadding   of the layout; padding so that B fragments are read without bank conflicts
-//     copy(shared, tile, unit, lane)       starts the copies of a lane
+//     Stream                               what a lane reads, unit after unit: Stream(weight, tile, unit, lane) and
+//                                          copy_next(shared), which starts the copies of a unit
 //     store_eight(column, k, words)        puts eight activations k … k + 7 where `multiply` looks for them
 //     multiply(tile, unit, shared, columns, k, scales, sums)   a unit, in shared memory, times the columns from k on,
 //                                                              added to the slice's sums
-// Input: as Rows.
+// Input:
+//     paths()                              1, or 2 where columns alternate between backbone and residual
+//     kScaleGroup                          k per fp32 scale that `multiply` has to apply; 0: none
+//     fill<kTiles>(factors, scales, first, columns, k, count)   columns first … first + columns of k … k + count, beyond K
+//                                          zeros; scales [count / kScaleGroup][8 · kTiles], for columns there are not too
 template <int kTiles, class Weight, class Input>
 __device__ __forceinline__ void decode_linear(const Weight& weight, const Input& input, const Epilogue& epilogue,
                                               const Cut& cut, int M, int N, int K) {
     extern __shared__ __align__(128) u8 shared[];
     const int lane = lane_of_warp(), warp = warp_of_block(), warps = blockDim.x / 32, g = lane >> 2, q = lane & 3;
     const int tile = blockIdx.z * warps + warp;
-    const bool active = tile * kTileRows < N;
+    const bool has_rows = tile * kTileRows < N;  // a warp without repeats the last tile's work and drops it
     const int paths = input.paths(), group_tokens = kColumns * kTiles / paths;
     const int first_token = blockIdx.x * group_tokens, tokens = min(group_tokens, M - first_token);
     const int columns = tokens * paths;
@@ -168,13 +221,15 @@ __device__ __forceinline__ void decode_linear(const Weight& weight, const Input&
     const int last_slice = min(first_slice + cut.slices_per_block, slices);
     const int last_unit = min(last_slice * slice_units, units);
 
-    int fetched = first_slice * slice_units, fetch_slot = 0, slot = 0;
+    int to_fetch = last_unit - first_slice * slice_units;
+    u32 fetch_slot = 0, slot = 0;  // offsets in the ring
+    const u32 ring_address = ptx::shared_address(ring);
+    typename Weight::Stream stream(weight, min(tile, ceil_div(N, kTileRows) - 1), first_slice * slice_units, lane);
     const auto fetch = [&] {
-        if (active && fetched < last_unit)
-            weight.copy(ptx::shared_address(ring + fetch_slot * Weight::kUnitBytes), tile, fetched, lane);
+        if (to_fetch > 0) stream.copy_next(ring_address + fetch_slot);
         ptx::cp_async_commit();
-        ++fetched;
-        fetch_slot = fetch_slot + 1 == kStages ? 0 : fetch_slot + 1;
+        --to_fetch;
+        fetch_slot = next_slot<Weight>(fetch_slot);
     };
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) fetch();
@@ -195,22 +250,19 @@ __device__ __forceinline__ void decode_linear(const Weight& weight, const Input&
     for (int slice = first_slice; slice < last_slice; ++slice) {
         float sums[kTiles][4] = {};
         const int first = slice * slice_units, last = min(first + slice_units, units);
-        for (int unit = first, in_chunk = chunk_units; unit < last; ++unit, ++in_chunk) {
-            if (in_chunk == chunk_units) {
-                in_chunk = 0;
-                __syncthreads();  // the chunk before has been used
-                input.fill(factors, first_token * paths, columns, unit * Weight::kUnitK, cut.chunk_k);
-                input.template fill_scales<kTiles>(scales, first_token * paths, columns, unit * Weight::kUnitK,
-                                                   cut.chunk_k);
-                __syncthreads();
+        for (int chunk = first; chunk < last; chunk += chunk_units) {
+            __syncthreads();  // the chunk before has been used
+            input.template fill<kTiles>(factors, scales, first_token * paths, columns, chunk * Weight::kUnitK, cut.chunk_k);
+            __syncthreads();
+            const int end = min(chunk + chunk_units, last);
+#pragma unroll 1
+            for (int unit = chunk; unit < end; ++unit) {
+                ptx::cp_async_wait<kStages - 2>();
+                __syncwarp();  // other lanes' copies are there, and nobody reads the slot that is filled next
+                fetch();
+                weight.template multiply<kTiles>(tile, unit, ring + slot, column, (unit - chunk) * Weight::kUnitK, scales, sums);
+                slot = next_slot<Weight>(slot);
             }
-            ptx::cp_async_wait<kStages - 2>();
-            __syncwarp();  // other lanes' copies are there, and nobody reads the slot that is filled next
-            fetch();
-            if (active)
-                weight.multiply(tile, unit, ring + slot * Weight::kUnitBytes, column, in_chunk * Weight::kUnitK, scales,
-                                sums);
-            slot = slot + 1 == kStages ? 0 : slot + 1;
         }
         if (paths == 2)
 #pragma unroll
@@ -219,7 +271,7 @@ __device__ __forceinline__ void decode_linear(const Weight& weight, const Input&
         if (gridDim.y > 1) {
             float* to = cut.partials + (static_cast<i64>(slice) * M + first_token) * padded_N + tile * kTileRows + g;
             for_each_sum([&](int token, int row, int i, int e) {
-                if (active && token < tokens) __stcg(to + static_cast<i64>(token) * padded_N + row, sums[i][e]);
+                if (has_rows && token < tokens) __stcg(to + static_cast<i64>(token) * padded_N + row, sums[i][e]);
             });
         } else {
             for_each_sum([&](int token, int row, int i, int e) {

@@ -4,22 +4,33 @@
 #include "linear_decode.cuh"
 #include "weight_layout.cuh"
 
-// Units of a packed FP4 weight against 16-bit factors; Codes: fp4_decode.cuh.
-template <class Codes, class T, bool kInputScaled>
+// Units of a packed FP4 weight against f16 factors. Codes: fp4_decode.cuh; kInputGroup: k per scale of the input, which is
+// kGroup (before the weight's scale), 128 (after it), or 0 where the factors are all there is.
+template <class Codes, int kInputGroup>
 struct Fp4Weight {
     static constexpr int kUnitK = kFp4UnitK, kUnitBytes = 2 * kHalfTileBytes + 4 * kTileRows * Codes::kScaleWords;
     static constexpr int kColumnPadding = 64;  // lanes g and g + 1 then read different halves of the 32 banks
     const u8* units;
     int units_along_k;
-    unsigned long long read_once;  // L2 policy
 
-    __device__ __forceinline__ void copy(u32 shared, int tile, int unit, int lane) const {
-        const u8* from = weight_unit(units, tile, unit, units_along_k, kUnitBytes) + 16 * lane;
-        ptx::cp_async_16_hint(shared + 16 * lane, from, read_once);
-        ptx::cp_async_16_hint(shared + kHalfTileBytes + 16 * lane, from + kHalfTileBytes, read_once);
-        if (lane < 4 * Codes::kScaleWords)
-            ptx::cp_async_16_hint(shared + 2 * kHalfTileBytes + 16 * lane, from + 2 * kHalfTileBytes, read_once);
-    }
+    struct Stream {
+        const u8* from;
+        unsigned long long read_once;  // L2 policy
+
+        __device__ __forceinline__ Stream(const Fp4Weight& weight, int tile, int unit, int lane)
+            : from(weight_unit(weight.units, tile, unit, weight.units_along_k, kUnitBytes) + 16 * lane),
+              read_once(ptx::l2_evict_first()) {}
+
+        __device__ __forceinline__ void copy_next(u32 shared) {
+            const int lane = lane_of_warp();
+            shared += 16 * lane;
+            ptx::cp_async_16_hint(shared, from, read_once);
+            ptx::cp_async_16_hint(shared + kHalfTileBytes, from + kHalfTileBytes, read_once);
+            if (lane < 4 * Codes::kScaleWords)
+                ptx::cp_async_16_hint(shared + 2 * kHalfTileBytes, from + 2 * kHalfTileBytes, read_once);
+            from += kUnitBytes;
+        }
+    };
 
     // k, k + 4 are neighbours, as the pairs of a word are.
     static __device__ __forceinline__ void store_eight(u8* column, int k, const u32 (&words)[4]) {
@@ -42,41 +53,48 @@ struct Fp4Weight {
             const u32* words = reinterpret_cast<const u32*>(unit + 2 * kHalfTileBytes) + kTileRows * i + g;
             low_scale[i] = words[0], high_scale[i] = words[8];
         }
-        float group[kTiles][4];
+        float group[kTiles][4], unit_sums[kTiles][4] = {};
+        float (&to)[kTiles][4] = kInputGroup == 128 ? unit_sums : sums;
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
             u32 a[4], b[4];
-            Codes::template pairs<T>(low[r], low_scale, r, q, a);
-            Codes::template pairs<T>(high[r], high_scale, r, q, b);
+            Codes::template pairs<f16>(low[r], low_scale, r, q, a);
+            Codes::template pairs<f16>(high[r], high_scale, r, q, b);
             const u32 first[4] = {a[0], b[0], a[1], b[1]}, second[4] = {a[2], b[2], a[3], b[3]};
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
                 if (32 * r % Codes::kGroup == 0) group[i][0] = group[i][1] = group[i][2] = group[i][3] = 0.0f;
                 const uint4 x = *reinterpret_cast<const uint4*>(column[i] + 2 * (k + 32 * r + 8 * q));
-                multiply_add<T>(group[i], first, {x.x, x.y});
-                multiply_add<T>(group[i], second, {x.z, x.w});
+                multiply_add<f16>(group[i], first, {x.x, x.y});
+                multiply_add<f16>(group[i], second, {x.z, x.w});
             }
-            if (32 * (r + 1) % Codes::kGroup == 0)
-                add_group(Codes::scale(low_scale, r), Codes::scale(high_scale, r),
-                          scales + (k + 32 * r) / Codes::kGroup * (kColumns * kTiles) + 2 * q, group, sums);
+            if (32 * (r + 1) % Codes::kGroup != 0) continue;
+            if (kInputGroup == Codes::kGroup && kInputGroup != 128)
+                scale_columns(scales + (k + 32 * r) / Codes::kGroup * (kColumns * kTiles) + 2 * q, group);
+            const float low_value = Codes::scale(low_scale, r), high_value = Codes::scale(high_scale, r);
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+                to[i][0] = __fmaf_rn(group[i][0], low_value, to[i][0]), to[i][1] = __fmaf_rn(group[i][1], low_value, to[i][1]);
+                to[i][2] = __fmaf_rn(group[i][2], high_value, to[i][2]), to[i][3] = __fmaf_rn(group[i][3], high_value, to[i][3]);
+            }
         }
+        if (kInputGroup != 128) return;
+        scale_columns(scales + k / 128 * (kColumns * kTiles) + 2 * q, unit_sums);
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[i][e] = __fadd_rn(sums[i][e], unit_sums[i][e]);
     }
 
 private:
-    // sums += group · the weight's scale, the group's input scale first where there is one; that of a column is at
-    // input_scales[column − 2 q].
+    // Sums of columns 8 i + 2 q and the next times their scales at by[8 i], by[8 i + 1].
     template <int kTiles>
-    static __device__ __forceinline__ void add_group(float low, float high, const float* input_scales,
-                                                     float (&group)[kTiles][4], float (&sums)[kTiles][4]) {
+    static __device__ __forceinline__ void scale_columns(const float* by, float (&sums)[kTiles][4]) {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
-            if (kInputScaled) {
-                const float2 scale = *reinterpret_cast<const float2*>(input_scales + kColumns * i);
-                group[i][0] = __fmul_rn(group[i][0], scale.x), group[i][1] = __fmul_rn(group[i][1], scale.y);
-                group[i][2] = __fmul_rn(group[i][2], scale.x), group[i][3] = __fmul_rn(group[i][3], scale.y);
-            }
-            sums[i][0] = __fmaf_rn(group[i][0], low, sums[i][0]), sums[i][1] = __fmaf_rn(group[i][1], low, sums[i][1]);
-            sums[i][2] = __fmaf_rn(group[i][2], high, sums[i][2]), sums[i][3] = __fmaf_rn(group[i][3], high, sums[i][3]);
+            const float2 scale = *reinterpret_cast<const float2*>(by + kColumns * i);
+            sums[i][0] = __fmul_rn(sums[i][0], scale.x), sums[i][1] = __fmul_rn(sums[i][1], scale.y);
+            sums[i][2] = __fmul_rn(sums[i][2], scale.x), sums[i][3] = __fmul_rn(sums[i][3], scale.y);
         }
     }
 };
@@ -85,6 +103,7 @@ private:
 // residual. Arrays as in SharqOperand and Fp4Matrix; a path's scale is of 2^log2_block k.
 template <class Codes, class Weight>
 struct Fp4Input {
+    static constexpr int kScaleGroup = Codes::kInputScaled ? Codes::kGroup : 0;
     using Scale = typename Codes::InputScale;
     const u8* backbone;
     const u8* metadata;
@@ -95,7 +114,9 @@ struct Fp4Input {
 
     __device__ __forceinline__ int paths() const { return backbone ? 2 : 1; }
 
-    __device__ __forceinline__ void fill(u8* to, int first, int columns, int k, int count) const {
+    template <int kTiles>
+    __device__ __forceinline__ void fill(u8* to, float* scales, int first, int columns, int k, int count) const {
+        if (kScaleGroup) fill_scales<kTiles>(scales, first, columns, k, count);
         const int eights = count / 8;
         for (int i = threadIdx.x; i < columns * eights; i += blockDim.x) {
             const int column = i / eights, at = 8 * (i - column * eights);
@@ -115,11 +136,10 @@ struct Fp4Input {
         }
     }
 
-    // [count / kGroup][8 · kTiles], where a block's scale is not part of the factors; of columns there are not, the last's.
+private:
     template <int kTiles>
     __device__ __forceinline__ void fill_scales(float* to, int first, int columns, int k, int count) const {
-        const int entries = Codes::kInputScaled ? count / Codes::kGroup * (kColumns * kTiles) : 0;
-        for (int i = threadIdx.x; i < entries; i += blockDim.x) {
+        for (int i = threadIdx.x; i < count / Codes::kGroup * (kColumns * kTiles); i += blockDim.x) {
             const int column = first + min(i % (kColumns * kTiles), columns - 1);
             const int block = k / Codes::kGroup + i / (kColumns * kTiles), blocks = K / Codes::kGroup;
             const Scale* scale = backbone && column % 2 == 0 ? backbone_scale : residual_scale;
@@ -128,7 +148,6 @@ struct Fp4Input {
         }
     }
 
-private:
     __device__ __forceinline__ u32 kept_word(i64 position) const {
         const u32 kept = reinterpret_cast<const unsigned short*>(backbone)[position / 8];
         const i64 bit = position / 8 * Codes::kMetadataBits;
@@ -140,12 +159,22 @@ private:
     const u8 *units, const float *row_scale, const float *bias, const void *residual, void *out, int out_type, int M, \
         int N, int K, int slice_k, int slices_per_block, int chunk_k, float *partials, u32 *arrivals
 
+// x as f16 factors, straight or scaled.
+template <class T> struct W4a16Input;
+template <> struct W4a16Input<f16> {
+    template <class Codes> using Weight = Fp4Weight<Codes, 0>;
+    template <class Codes> using Input = Rows<f16, Weight<Codes>>;
+};
+template <> struct W4a16Input<bf16> {
+    template <class Codes> using Weight = Fp4Weight<Codes, 128>;
+    template <class Codes> using Input = RowsAsF16<Weight<Codes>>;
+};
+
 template <class Codes, class T, int kTiles>
 __device__ __forceinline__ void decode_w4a16(const T* x, i64 x_stride, OUTPUT_PARAMETERS) {
-    using Weight = Fp4Weight<Codes, T, false>;
-    const Weight weight = {units, ceil_div(K, kFp4UnitK), ptx::l2_evict_first()};
-    const Rows<T, Weight> input = {x, x_stride, K};
-    const float power = power_of_two(Codes::template kPower<T>);
+    const typename W4a16Input<T>::template Weight<Codes> weight = {units, ceil_div(K, kFp4UnitK)};
+    const typename W4a16Input<T>::template Input<Codes> input = {x, x_stride, K};
+    const float power = power_of_two(Codes::template kPower<f16>);
     const Epilogue epilogue = {power, nullptr, row_scale, bias, residual, out, out_type, N};
     decode_linear<kTiles>(weight, input, epilogue, {slice_k, slices_per_block, chunk_k, partials, arrivals}, M, N, K);
 }
@@ -154,9 +183,9 @@ template <class Codes, int kTiles>
 __device__ __forceinline__ void decode_fp4(const u8* backbone, const u8* metadata, const void* backbone_scale,
                                            const u8* codes, const void* codes_scale, int backbone_block,
                                            int codes_block, const float* token_scale, OUTPUT_PARAMETERS) {
-    using Weight = Fp4Weight<Codes, f16, Codes::kInputScaled>;
+    using Weight = Fp4Weight<Codes, Codes::kInputScaled ? Codes::kGroup : 0>;
     using Scale = typename Codes::InputScale;
-    const Weight weight = {units, ceil_div(K, kFp4UnitK), ptx::l2_evict_first()};
+    const Weight weight = {units, ceil_div(K, kFp4UnitK)};
     const Fp4Input<Codes, Weight> input = {backbone, metadata, static_cast<const Scale*>(backbone_scale), codes,
                                            static_cast<const Scale*>(codes_scale), backbone_block, codes_block, K};
     const float power = power_of_two(Codes::template kPower<f16> + Codes::kInputPower);

@@ -13,6 +13,9 @@
 //     FP8, 64 k     bytes      0 …  511   rows 0 … 7: lane l's 16 bytes, word r = row g, k = 16 r + 4 q + i in byte i
 //                   bytes    512 … 1023   rows 8 … 15 likewise
 //
+// "In nibble i" holds where instructions take FP4; for kernels that dequantise, the bits of a word are placed otherwise
+// (fp4_decode.cuh).
+//
 // A lane's words are B fragments as they are, n = g: of m16n8k64 FP4 (words 0, 1 | 2, 3), of sparse m16n8k128 FP4 (all
 // four), of m16n8k32 FP8; and a row's four group scales are the word that block-scaled FP4 instructions take. Dequantised
 // to 16 bits the same words are rows g and g + 8 of the A operand of m16n8k16, if the other operand has its k permuted

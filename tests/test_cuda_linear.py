@@ -90,7 +90,7 @@ def run_w4a16(x, matrix, *, out_dtype=None, bias=None, residual=None, dev=None, 
     dev = dev or device()
     weight = weight_layout.pack_fp4([matrix]).on(dev.upload)
     out = dev.empty((len(x), matrix.rows), np.dtype(out_dtype or F32))
-    plan = launch_linear.plan_fp4_decode(weight, len(x), fp4_input=False, sms=sms)
+    plan = launch_linear.plan_fp4_decode(weight, len(x), launch_linear.type_name(x.dtype), sms=sms)
     output = Output(out, bias, residual)
     dev.launch(launch_linear.w4a16_decode(x, weight, output, workspace(plan, dev), sms))
     return out
@@ -102,7 +102,7 @@ def run_fp4(operand, matrix, *, out_dtype=None, bias=None, residual=None, dev=No
     T = len(operand.g)
     out = dev.empty((T, matrix.rows), np.dtype(out_dtype or F32))
     paths = 1 if isinstance(operand, Fp4Matrix) else 2
-    plan = launch_linear.plan_fp4_decode(weight, T, paths=paths, fp4_input=True, sms=sms)
+    plan = launch_linear.plan_fp4_decode(weight, T, "fp4", paths=paths, sms=sms)
     work = workspace(plan, dev)
     launch = launch_linear.fp4_decode(device_operand(operand, dev), weight, Output(out, bias, residual), work, sms)
     dev.launch(launch)
@@ -128,9 +128,10 @@ def assert_close(y, expected, tolerance):
 def test_fp4_units_unpack_to_what_was_packed(format, block):
     rng = np.random.default_rng(1)
     shards = [fp4_matrix(rng, rows, 192, format, block) for rows in (5, 32, 1)]
-    again = weight_layout.unpack_fp4(weight_layout.pack_fp4(shards))
-    for name in ("payload", "scale", "g"):
-        assert (getattr(again, name) == np.concatenate([getattr(s, name) for s in shards])).all()
+    for placed in (False, True):
+        again = weight_layout.unpack_fp4(weight_layout.pack_fp4(shards, placed=placed))
+        for name in ("payload", "scale", "g"):
+            assert (getattr(again, name) == np.concatenate([getattr(s, name) for s in shards])).all()
 
 
 @each_format

@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.ops.gpu.launch import Launch
 from engine.ops.gpu.launch_rows import row_stride, type_name
-from engine.ops.gpu.weight_layout import CODE_BYTES, FP4_UNIT_K, FP8_UNIT_K, TILE_ROWS, Fp4Units, Fp8Units, unit_bytes
+from engine.ops.gpu.weight_layout import FP4_UNIT_K, TILE_ROWS, Fp4Units, unit_bytes
 
 COLUMNS = 8  # of an mma
 STAGES = 4  # kStages
@@ -115,9 +115,11 @@ def fp4_name(weight: Fp4Units) -> str:
     return f"nvfp4x{weight.block}" if weight.format == "nvfp4" else weight.format
 
 
-def plan_fp4_decode(weight: Fp4Units, M: int, *, paths: int = 1, fp4_input: bool, sms: int = H200_SMS) -> DecodePlan:
-    """fp4_input: activations in FP4 (one or two paths), not 16-bit."""
-    scale_group = {"nvfp4": 0, "mxfp4": 32, "hif4": 64}[weight.format] if fp4_input else 0
+def plan_fp4_decode(
+    weight: Fp4Units, M: int, input_type: str, *, paths: int = 1, sms: int = H200_SMS
+) -> DecodePlan:  # fmt: skip
+    """input_type: fp4 (one or two paths), bf16 or f16."""
+    scale_group = {"bf16": 128, "f16": 0, "fp4": {"nvfp4": 0, "mxfp4": 32, "hif4": 64}[weight.format]}[input_type]
     return plan_decode(
         M, weight.N, weight.K, unit_k=FP4_UNIT_K, unit_bytes=unit_bytes(weight.format, weight.block), padding=64,
         paths=paths, scale_group=scale_group, sms=sms,
@@ -126,8 +128,9 @@ def plan_fp4_decode(weight: Fp4Units, M: int, *, paths: int = 1, fp4_input: bool
 
 def w4a16_decode(x: Any, weight: Fp4Units, output: Output, workspace: Workspace, sms: int = H200_SMS) -> Launch:
     """x [M, K] bfloat16 or float16."""
-    plan = plan_fp4_decode(weight, len(x), fp4_input=False, sms=sms)
-    kernel = f"linear_decode_{fp4_name(weight)}_{type_name(x.dtype)}_t{plan.tiles}"
+    input_type = type_name(x.dtype)
+    plan = plan_fp4_decode(weight, len(x), input_type, sms=sms)
+    kernel = f"linear_decode_{fp4_name(weight)}_{input_type}_t{plan.tiles}"
     args = [x, row_stride(x), weight.units, weight.g, *_decode_arguments(plan, output, workspace, weight.K)]
     return _decode_launch(f"linear_{fp4_name(weight)}.cu", kernel, plan, args)
 
@@ -135,7 +138,7 @@ def w4a16_decode(x: Any, weight: Fp4Units, output: Output, workspace: Workspace,
 def fp4_decode(operand: Any, weight: Fp4Units, output: Output, workspace: Workspace, sms: int = H200_SMS) -> Launch:
     """operand: device arrays named as in `SharqOperand` or `Fp4Matrix`, rows of `padded(K)` codes."""
     two_paths = hasattr(operand, "residual")
-    plan = plan_fp4_decode(weight, len(operand.g), paths=2 if two_paths else 1, fp4_input=True, sms=sms)
+    plan = plan_fp4_decode(weight, len(operand.g), "fp4", paths=2 if two_paths else 1, sms=sms)
     if two_paths:
         K = 2 * operand.residual.shape[1]
         backbone_block, block = K // operand.backbone_scale.shape[1], K // operand.residual_scale.shape[1]

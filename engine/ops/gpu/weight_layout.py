@@ -1,8 +1,11 @@
 """Weights as the matrix-product kernels read them: the NumPy side of cuda/weight_layout.cuh, which draws the layout.
 
-A unit is 16 rows by 128 k of FP4 (1024 bytes of codes, then the rows' scales) or 64 k of FP8 (1024 bytes of codes). N is
-padded to 16 and K to a unit with zeros: codes of 0 under whatever scale a byte 0 is. Units of 16 rows lie one after the
-other along k. bf16 and f16 weights need no layout of their own: kernels read [N, K] row by row.
+A unit is 16 rows by 128 k of FP4 (1024 bytes of codes, then the rows' scales) or 64 k of FP8 (1024 bytes of codes).
+N is padded to 16 and K to a unit with zeros: codes of 0 under whatever scale a byte 0 is. Units of 16 rows lie one
+after the other along k. bf16 and f16 weights need no layout of their own: kernels read [N, K] row by row.
+
+The eight codes of a 32-bit word are nibbles where instructions take FP4 (sm_120a), and `placed` where kernels make f16
+of them (cuda/fp4_decode.cuh draws both).
 
 `pack_*` take host arrays; `unpack_fp4` undoes `pack_fp4` for tests. A packed weight's arrays may be replaced by a
 device's copies of them (`on`).
@@ -37,6 +40,7 @@ class Fp4Units:
 
     format: Format
     block: int  # k per scale
+    placed: bool  # the order of bits within a word
     N: int
     K: int
     units: Any  # uint8 [tiles, ceil(K / 128), 1088 or 1152]
@@ -75,8 +79,11 @@ def unit_bytes(format: Format, block: int) -> int:
     return CODE_BYTES + 4 * TILE_ROWS * words
 
 
-def pack_fp4(shards: Sequence[Fp4Matrix]) -> Fp4Units:
-    """One weight of [N_i, K] shards, rows one after the other. Raises InvalidArgument (shards that differ in kind)."""
+def pack_fp4(shards: Sequence[Fp4Matrix], *, placed: bool = True) -> Fp4Units:
+    """One weight of [N_i, K] shards, rows one after the other. placed: False for FP4 instructions.
+
+    Raises InvalidArgument (shards that differ in kind).
+    """
     first = shards[0]
     for shard in shards:
         if (shard.format, shard.K, shard.block) != (first.format, first.K, first.block):
@@ -87,6 +94,8 @@ def pack_fp4(shards: Sequence[Fp4Matrix]) -> Fp4Units:
     N, K = sum(shard.rows for shard in shards), first.K
     tiles, chunks = -(-N // TILE_ROWS), -(-K // FP4_UNIT_K)
     codes = _padded([s.payload for s in shards], tiles, chunks * FP4_UNIT_K // 2)
+    if placed:
+        codes = _PLACED[codes.view("<u2")].view(np.uint8)
     scale_bytes = [np.ascontiguousarray(s.scale).view(np.uint8) for s in shards]
     words = (unit_bytes(first.format, first.block) - CODE_BYTES) // (4 * TILE_ROWS)
     scales = _padded(scale_bytes, tiles, chunks * words * 4)
@@ -95,7 +104,7 @@ def pack_fp4(shards: Sequence[Fp4Matrix]) -> Fp4Units:
     units[..., :CODE_BYTES] = _lane_order(codes, tiles, chunks)
     by_row = scales.reshape(tiles, TILE_ROWS, chunks, words, 4)
     units[..., CODE_BYTES:] = by_row.transpose(0, 2, 3, 1, 4).reshape(tiles, chunks, -1)
-    return Fp4Units(first.format, first.block, N, K, units, np.concatenate([s.g for s in shards]))
+    return Fp4Units(first.format, first.block, placed, N, K, units, np.concatenate([s.g for s in shards]))
 
 
 def unpack_fp4(weight: Fp4Units) -> Fp4Matrix:
@@ -103,6 +112,8 @@ def unpack_fp4(weight: Fp4Units) -> Fp4Matrix:
     tiles, chunks, size = weight.units.shape
     codes = weight.units[..., :CODE_BYTES].reshape(tiles, chunks, 2, 8, 4, 4, 4)
     payload = codes.transpose(0, 2, 3, 1, 5, 4, 6).reshape(tiles * TILE_ROWS, -1)
+    if weight.placed:
+        payload = np.argsort(_PLACED).astype("<u2")[payload.view("<u2")].view(np.uint8)
     words = (size - CODE_BYTES) // (4 * TILE_ROWS)
     scales = weight.units[..., CODE_BYTES:].reshape(tiles, chunks, words, TILE_ROWS, 4)
     rows = np.ascontiguousarray(scales.transpose(0, 3, 1, 2, 4)).reshape(tiles * TILE_ROWS, -1)
@@ -127,6 +138,19 @@ def pack_fp8(shards: Sequence[Fp8Matrix]) -> Fp8Units:
     codes = _padded([shard.payload for shard in shards], tiles, chunks * FP8_UNIT_K)
     scale = np.concatenate([fp8.row_scales(shard) for shard in shards])
     return Fp8Units(N, K, _lane_order(codes, tiles, chunks), np.ascontiguousarray(scale.T))
+
+
+def _place() -> NDArray[np.uint16]:
+    """Half a word of nibbles to half a word placed: signs to bits 15, 12, 14, 13, magnitudes to 11:9, 8:6, 5:3, 2:0."""
+    half = np.arange(1 << 16)
+    placed = np.zeros_like(half)
+    for k, (sign, magnitude) in enumerate(((15, 9), (12, 6), (14, 3), (13, 0))):
+        code = half >> 4 * k & 15
+        placed |= (code >> 3) << sign | (code & 7) << magnitude
+    return placed.astype("<u2")
+
+
+_PLACED = _place()  # [65536] uint16, a permutation
 
 
 def _padded(parts: Sequence[U8], tiles: int, row_bytes: int) -> U8:
