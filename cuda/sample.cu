@@ -235,7 +235,8 @@ __device__ __forceinline__ void keep_top_p(const Row& row, double top_p, Cut& cu
     if (threadIdx.x == 0) scratch.found = 0;
     __syncthreads();
     for (int i = threadIdx.x; i < row.V; i += blockDim.x)
-        if (order_key(row.x[i]) == key) scratch.found = __double_as_longlong(row.weight[i]);  // all write the same
+        if (order_key(row.x[i]) == key)  // they have one weight
+            atomicMax(&scratch.found, static_cast<u64>(__double_as_longlong(row.weight[i])));
     __syncthreads();
     const double weight = __longlong_as_double(scratch.found);
     u64 count = 1;
