@@ -68,9 +68,9 @@ void accumulate(const Factors& factors, int count, const Picked* picked, Accumul
 //     m16n8k32, 16 bits   lanes j = 2 f + h, h = 0, 1: bits 0-15 row g, bits 16-31 row g + 8, k in [16 h, + 16)
 //     m16n8k32, s8        lanes j = 2 f + h: row g + 8 h, all 32 k
 //     m16n8k64, s8        every lane (f = 0): row g + 8 (j & 1), k in [32 (j >> 1), + 32)
-// The PTX ISA shows these as figures (section "Matrix Fragments for sparse mma"); the first and third are what
-// CUTLASS's reorder_meta arranges for ldmatrix, the second is derived from the third: check it on hardware. Sparse
-// rounding is taken to be the dense step on (stored A, picked B), which is derived too.
+// The PTX ISA shows these as figures (section "Matrix Fragments for sparse mma"). The first and third are what CUTLASS's
+// reorder_meta arranges for ldmatrix and what TileLang's tables say; the second is derived from the third: check it on
+// hardware. Sparse rounding is taken to be the dense step on (stored A, picked B), which is derived too.
 
 // Sets picked from metadata; false where a nibble is illegal.
 bool pick_16(const uint32_t (&metadata)[32], int selector, Picked& picked);
