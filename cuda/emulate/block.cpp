@@ -53,10 +53,11 @@ void Block::prepare(const Launch& launch) {
         Warp& warp = warps_[w];
         unsigned lanes = std::min(kLanes, count_ - w * kLanes);
         warp.exists = lanes == kLanes ? kFullWarp : (1u << lanes) - 1;
-        warp.ready = warp.waiting = warp.flip = 0;
+        warp.ready = warp.flip = 0;
         warp.position = w;
         warp_at_[w] = w;
         for (Meeting& meeting : warp.meetings) meeting.arrived = 0;
+        warp.meetings_used = 0;
     }
     set_priorities();
     for (unsigned i = 0; i < count_; ++i) {
@@ -192,8 +193,15 @@ void Block::end_rest() {
 
 // --- Meetings -------------------------------------------------------------------------------------------------------
 
-void Block::divergent(Site here, const Thread& other, const char* what) {
-    fail_at(here, "divergent %s: %s is at %s", what, name_of(other).c_str(), describe_wait(other).c_str());
+/// The meeting of `mask` that has begun, or a free one: there is one, since each waiting lane is in one.
+Meeting& Block::meeting_of(Warp& warp, unsigned mask) {
+    Meeting* free = nullptr;
+    for (unsigned i = 0; i < warp.meetings_used; ++i) {
+        Meeting& meeting = warp.meetings[i];
+        if (meeting.arrived && meeting.mask == mask) return meeting;
+        if (!meeting.arrived && !free) free = &meeting;
+    }
+    return free ? *free : warp.meetings[warp.meetings_used++];
 }
 
 void Block::meet(unsigned mask, void* mine, WarpModel model, Site site) {
@@ -202,27 +210,21 @@ void Block::meet(unsigned mask, void* mine, WarpModel model, Site site) {
     unsigned bit = 1u << thread.lane;
     mask &= warp.exists;  // a partial warp may name lanes it does not have
     if (!(mask & bit)) fail_at(site, "warp operation: lane %u is not in its own mask 0x%08x", thread.lane, mask);
-    Meeting& meeting = warp.meetings[lowest(mask)];
+    Meeting& meeting = meeting_of(warp, mask);
     if (!meeting.arrived) {
         meeting.mask = mask;
         meeting.model = model;
         meeting.site = site;
         if (mask != kFullWarp) std::memset(meeting.lanes, 0, sizeof meeting.lanes);
-    }
-    bool differs = meeting.mask != mask || meeting.model != model || !same(meeting.site, site);
-    if (unsigned others = mask & warp.waiting & ~meeting.arrived; others || differs) {
-        unsigned lane = lowest(others ? others : meeting.arrived);
-        divergent(site, threads_[thread.warp * kLanes + lane], "warp operation");
+    } else if (meeting.model != model || !same(meeting.site, site)) {
+        const Thread& other = threads_[thread.warp * kLanes + lowest(meeting.arrived)];
+        fail_at(site, "divergent warp operation: %s %s", name_of(other).c_str(), describe_wait(other).c_str());
     }
     meeting.lanes[thread.lane] = mine;
     meeting.arrived |= bit;
-    if (meeting.arrived != mask) {
-        warp.waiting |= bit;
-        return wait(State::meeting, site, mask);
-    }
-    meeting.arrived = 0;
+    if (meeting.arrived != mask) return wait(State::meeting, site, mask);
     model(meeting.lanes);
-    warp.waiting &= ~mask;
+    meeting.arrived = 0;
     for (unsigned rest = mask & ~bit; rest; rest &= rest - 1) make_ready(threads_[thread.warp * kLanes + lowest(rest)]);
 }
 

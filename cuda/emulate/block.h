@@ -42,9 +42,9 @@ struct Thread : ThreadIndex {
     std::vector<AsyncCopy> copies;  // in flight, oldest first
 };
 
-/// Lanes that meet, by the lowest lane of their mask.
+/// Lanes of one mask that meet. Masks may nest: some lanes meet among themselves while others wait for the whole warp.
 struct Meeting {
-    unsigned mask, arrived;
+    unsigned mask, arrived;  // arrived = 0: free
     WarpModel model;
     Site site;
     void* lanes[kLanes];
@@ -55,7 +55,7 @@ struct Warp {
     unsigned ready;     // by position; position = lane ^ flip
     unsigned flip;      // the lanes' order of priority
     unsigned position;  // the warp's own priority, 0 first
-    unsigned waiting;   // lanes that wait in a meeting
+    unsigned meetings_used;  // of the array below, as many as ever were open at once
     Meeting meetings[kLanes];
 };
 
@@ -86,6 +86,7 @@ private:
     static void thread_main();
     void prepare(const Launch& launch);
     void set_priorities();
+    static Meeting& meeting_of(Warp& warp, unsigned mask);
     void make_ready(Thread& thread);
     void wait(State state, Site site, unsigned waits_for);
     void resume_next();
@@ -93,7 +94,6 @@ private:
     void end_rest();
     [[noreturn]] void end_thread();
     [[noreturn]] void report_deadlock();
-    [[noreturn]] void divergent(Site here, const Thread& other, const char* what);
     std::string first_in(State state) const;
     uint64_t random();
 

@@ -41,7 +41,10 @@ void Checker::begin_launch(const Launch& launch) {
     released_to_blocks_.clear();
     globals_.clear();
     last_global_ = nullptr;
-    map_history(shared_, shared_memory.at(0), shared_memory.bytes());
+    if (shared_.base != shared_memory.at(0) || shared_.words != (shared_memory.bytes() + 3) / 4) {
+        unmap_history(shared_);  // another module's
+        map_history(shared_, shared_memory.at(0), shared_memory.bytes());
+    }
     shared_.shared = true;
     shared_.nodes = &shared_nodes_;
     shared_.free = &shared_free_;
@@ -60,7 +63,6 @@ void Checker::begin_launch(const Launch& launch) {
 }
 
 void Checker::end_launch() {
-    unmap_history(shared_);
     for (Global& global : globals_) unmap_history(global.history);
     globals_.clear();
 }
@@ -76,8 +78,11 @@ void Checker::begin_block(unsigned linear_index, unsigned threads) {
     fenced_.assign(threads, 0);
     released_.clear();
     known_blocks_.assign(known_blocks_.size(), false);
-    std::fill_n(shared_.heads, shared_.words, 0);
-    std::fill(written_.begin(), written_.end(), 0);
+    for (SharedMemory::Range range : shared_memory.used()) {
+        size_t first = range.begin / 4, words = (range.end + 3) / 4 - first;
+        std::fill_n(shared_.heads + first, words, 0);
+        std::fill_n(written_.begin() + std::ptrdiff_t(first), words, 0);
+    }
     shared_nodes_.resize(1);
     shared_free_ = 0;
 }

@@ -57,9 +57,7 @@ void SharedMemory::locate(const Launch& launch) {
 }
 
 void SharedMemory::poison(uint32_t value) {
-    size_t after = arena_.offset + arena_capacity_;
-    std::memset(base_, int(value), arena_.offset + arena_.bytes);
-    std::memset(base_ + after, int(value), bytes_ - after);
+    for (Range range : used()) std::memset(base_ + range.begin, int(value), range.end - range.begin);
 }
 
 const SharedArray* SharedMemory::array_at(size_t offset, size_t bytes) const {

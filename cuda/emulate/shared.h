@@ -5,6 +5,7 @@
 // `extern __shared__ T name[]` is bound to (the launcher defines those names).
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -21,6 +22,15 @@ public:
     /// Fills all arrays, and what the launch asked for of the arena, with the byte `value`: what no thread of a block has
     /// written is then the same wrong number in every run, or another with another value.
     void poison(uint32_t value);
+
+    /// What a launch can use, as [begin, end) offsets: the arrays before and behind the arena, the latter's used part
+    /// with the first.
+    struct Range {
+        size_t begin, end;
+    };
+    std::array<Range, 2> used() const {
+        return {{{0, arena_.offset + arena_.bytes}, {arena_.offset + arena_capacity_, bytes_}}};
+    }
 
     bool contains(const void* pointer) const { return offset(pointer) < bytes_; }
     size_t offset(const void* pointer) const { return size_t(static_cast<const std::byte*>(pointer) - base_); }

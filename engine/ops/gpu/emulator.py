@@ -242,6 +242,7 @@ class EmulatedModule:
         command = [tool, "-i", "-e", str(self._path), match[1]]
         lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")
         places = [re.sub(r"^(\./)+| \(discriminator.*", "", line) for line in lines if line]
+        places = [place for place in places if not place.startswith("emulate/")] or places
         return places[0] + "".join(f" (in {place})" for place in places[1:])
 
 

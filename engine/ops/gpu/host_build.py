@@ -136,7 +136,7 @@ class HostBuild:
             *FLAGS,
             *KERNEL_FLAGS,
             *(CHECKING_FLAGS if self.checked else ()),
-            f"-fdebug-prefix-map={folder}=.",
+            *(f"-fdebug-prefix-map={path}=." for path in (folder, sources.cuda_directory())),
         ]
         defines = [f"-D{name}" for name in (*self.arch.defines, *self.defines)]
         preprocess = [*_includes(), *defines, "-include", "emulate/simt.h", "-x", "c++", "-E", own_name]
