@@ -102,7 +102,7 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                  : "r"(shared), "l"(global), "r"(bytes_read)
                  : "memory");
 }
-// With an L2 policy from a createpolicy_* below.
+// With a policy of l2_evict_first or l2_evict_last.
 __device__ __forceinline__ void cp_async_16_hint(uint32_t shared, const void* global, uint64_t policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
                  :
@@ -439,10 +439,10 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 #endif
 
 // --- wgmma (sm_90a) --------------------------------------------------------------------------------------------------
-// c (+)= A B for a warpgroup (128 threads, aligned), A 64 × 16, B 16 × N, bf16, fp32 accumulators. `add` false: c = A
-// B. Warp w of the group holds rows 16 w …: accumulator register 4 j + r row 16 w + g + 8 (r >> 1), column 8 j + 2 q +
-// (r & 1). A as registers: mma_m16n8k16's fragment of the warp's rows. A and B in shared memory by descriptor:
-// transpose 0: k contiguous (K-major); 1: rows of A or columns of B contiguous.
+// c += A B, or c = A B where `add` is false, for a warpgroup (128 threads, aligned): A 64 × 16, B 16 × N, bf16, fp32
+// accumulators. Warp w of the group holds rows 16 w …: accumulator register 4 j + r row 16 w + g + 8 (r >> 1), column
+// 8 j + 2 q + (r & 1). A as registers: mma_m16n8k16's fragment of the warp's rows. A and B in shared memory by
+// descriptor: transpose 0: k contiguous (K-major); 1: rows of A or columns of B contiguous.
 //
 // The order is: wgmma_fence, the products, wgmma_commit, and wgmma_wait<pending groups> before accumulators are read or
 // registers or shared memory they use are written. fence_async_proxy precedes, where threads wrote the shared memory.

@@ -91,8 +91,7 @@ void stmatrix(const Warp& warp) {
 
 // --- Asynchronous copies ---------------------------------------------------------------------------------------------
 
-// Operands: shared address, global address, size, then (form 1, 3) the bytes to read of them, then (2, 3) a cache
-// policy.
+// Operands: shared address, global address, size; with source_size how many of those bytes to read; a policy.
 template <bool source_size>
 void cp_async(Frame& frame) {
     const auto bytes = static_cast<uint32_t>(frame.get(2));

@@ -20,7 +20,7 @@ namespace ptx {
 
 struct Value {
     enum Kind : uint8_t { operand, local, immediate, sink } kind;
-    uint8_t index;      // of the asm operand or the declared register
+    uint8_t index;     // of the asm operand or the declared register
     int64_t constant;  // an immediate's value, or the offset added to an address
 };
 
