@@ -183,6 +183,17 @@ struct RowsAsF16 {
     }
 };
 
+// Sums of columns 8 i + 2 q and the next times their scales at by[8 i], by[8 i + 1].
+template <int kTiles>
+__device__ __forceinline__ void scale_columns(const float* by, float (&sums)[kTiles][4]) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+        const float2 scale = *reinterpret_cast<const float2*>(by + kColumns * i);
+        sums[i][0] = __fmul_rn(sums[i][0], scale.x), sums[i][1] = __fmul_rn(sums[i][1], scale.y);
+        sums[i][2] = __fmul_rn(sums[i][2], scale.x), sums[i][3] = __fmul_rn(sums[i][3], scale.y);
+    }
+}
+
 // Weight:
 //     kUnitK, kUnitBytes, kColumnPadding   of the layout; padding so that B fragments are read without bank conflicts
 //     Stream                               what a lane reads, unit after unit: Stream(weight, tile, unit, lane) and

@@ -85,18 +85,6 @@ struct Fp4Weight {
 #pragma unroll
             for (int e = 0; e < 4; ++e) sums[i][e] = __fadd_rn(sums[i][e], unit_sums[i][e]);
     }
-
-private:
-    // Sums of columns 8 i + 2 q and the next times their scales at by[8 i], by[8 i + 1].
-    template <int kTiles>
-    static __device__ __forceinline__ void scale_columns(const float* by, float (&sums)[kTiles][4]) {
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-            const float2 scale = *reinterpret_cast<const float2*>(by + kColumns * i);
-            sums[i][0] = __fmul_rn(sums[i][0], scale.x), sums[i][1] = __fmul_rn(sums[i][1], scale.y);
-            sums[i][2] = __fmul_rn(sums[i][2], scale.x), sums[i][3] = __fmul_rn(sums[i][3], scale.y);
-        }
-    }
 };
 
 // Activations [M, K] in FP4: one path (`residual` alone), or SharQ's backbone, sparse where `metadata` is given, and
@@ -172,7 +160,7 @@ template <> struct W4a16Input<bf16> {
 
 template <class Codes, class T, int kTiles>
 __device__ __forceinline__ void decode_w4a16(const T* x, i64 x_stride, OUTPUT_PARAMETERS) {
-    const typename W4a16Input<T>::template Weight<Codes> weight = {units, ceil_div(K, kFp4UnitK)};
+    const typename W4a16Input<T>::template Weight<Codes> weight = {units, fp4_units_along_k(K)};
     const typename W4a16Input<T>::template Input<Codes> input = {x, x_stride, K};
     const float power = power_of_two(Codes::template kPower<f16>);
     const Epilogue epilogue = {power, nullptr, row_scale, bias, residual, out, out_type, N};
@@ -185,7 +173,7 @@ __device__ __forceinline__ void decode_fp4(const u8* backbone, const u8* metadat
                                            int codes_block, const float* token_scale, OUTPUT_PARAMETERS) {
     using Weight = Fp4Weight<Codes, Codes::kInputScaled ? Codes::kGroup : 0>;
     using Scale = typename Codes::InputScale;
-    const Weight weight = {units, ceil_div(K, kFp4UnitK)};
+    const Weight weight = {units, fp4_units_along_k(K)};
     const Fp4Input<Codes, Weight> input = {backbone, metadata, static_cast<const Scale*>(backbone_scale), codes,
                                            static_cast<const Scale*>(codes_scale), backbone_block, codes_block, K};
     const float power = power_of_two(Codes::template kPower<f16> + Codes::kInputPower);

@@ -1,8 +1,8 @@
 // Packed weights as the matrix products read them; engine/ops/gpu/weight_layout.py packs. Lane l, g = l >> 2, q = l & 3.
 //
 // A unit is 16 rows × as many k as follow; units of 16 rows (a tile) lie one after the other along k, then come the next
-// 16 rows, so that a warp that works on a tile reads one stream of whole 64-byte pieces. N is padded to 16, K to a unit:
-// codes 0, scales 0.
+// 16 rows, so that a warp that works on a tile reads one stream of whole 64-byte pieces. N is padded to 16, K to 128 (as
+// FP4 and FP8 activations are): codes 0, scales 0.
 //
 //     FP4, 128 k    bytes      0 …  511   rows 0 … 7: lane l's 16 bytes, word r = row g, k = 32 r + 8 q + i in nibble i
 //                   bytes    512 … 1023   rows 8 … 15 likewise
@@ -28,6 +28,9 @@ constexpr int kTileRows = 16;
 constexpr int kHalfTileBytes = 512;  // 8 rows' codes of a unit
 constexpr int kFp4UnitK = 128;
 constexpr int kFp8UnitK = 64;
+
+__device__ __forceinline__ int fp4_units_along_k(int K) { return ceil_div(K, kFp4UnitK); }
+__device__ __forceinline__ int fp8_units_along_k(int K) { return 2 * ceil_div(K, 2 * kFp8UnitK); }
 
 // The unit of a tile and a number along k, of units of so many bytes.
 __device__ __forceinline__ const u8* weight_unit(const u8* units, int tile, int unit, int units_along_k, int bytes) {

@@ -12,15 +12,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from engine.errors import DeviceError, InvalidArgument
-from engine.fp4_types import BLOCKS, Fp4Matrix
+from engine.errors import DeviceError
+from engine.fp4_types import Fp4Matrix
+from engine.fp8_types import Fp8Matrix
+from engine.ops import fp8
 from engine.ops.fp4 import blocks, product
 from engine.ops.fp4.elements import pack
+from engine.ops.fp4.split import paths
 from engine.ops.gpu import launch_linear, weight_layout
 from engine.ops.gpu.device import EmulatedDevice
 from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule
 from engine.ops.gpu.launch_linear import Output, Workspace
-from engine.ops.gpu.launch_rows import padded
+from engine.ops.gpu.launch_rows import padded, type_name
 from engine.ops.reference import ReferenceOps
 
 try:
@@ -90,7 +93,7 @@ def run_w4a16(x, matrix, *, out_dtype=None, bias=None, residual=None, dev=None, 
     dev = dev or device()
     weight = weight_layout.pack_fp4([matrix]).on(dev.upload)
     out = dev.empty((len(x), matrix.rows), np.dtype(out_dtype or F32))
-    plan = launch_linear.plan_fp4_decode(weight, len(x), launch_linear.type_name(x.dtype), sms=sms)
+    plan = launch_linear.plan_fp4_decode(weight, len(x), type_name(x.dtype), sms=sms)
     output = Output(out, bias, residual)
     dev.launch(launch_linear.w4a16_decode(x, weight, output, workspace(plan, dev), sms))
     return out
@@ -112,8 +115,6 @@ def run_fp4(operand, matrix, *, out_dtype=None, bias=None, residual=None, dev=No
 
 def exact(operand, matrix):
     """float64 product, both paths."""
-    from engine.ops.fp4.split import paths
-
     parts = [operand] if isinstance(operand, Fp4Matrix) else paths(operand)
     return sum(dequantized(p) @ dequantized(matrix).T for p in parts)
 
@@ -158,3 +159,160 @@ def test_fp4_decode(format, block, kind):
             operand = REFERENCE.prepare_sharq(x, format=format, sparse=kind == "sparse")
         y = run_fp4(operand, matrix)
         assert_close(y, exact(operand, matrix), 2e-6)
+
+
+# ---- FP8 and 16-bit weights ------------------------------------------------------------------------------------------
+
+
+def fp8_matrix(rng, N, K, tile):
+    """All codes but NaN's, and scales per tile."""
+    codes = rng.integers(0, 256, (N, K), np.uint8)
+    codes[codes & 0x7F == 0x7F] = 0x80
+    shape = (-(-N // tile[0]), -(-K // tile[1]))
+    return Fp8Matrix(codes, (0.5 + rng.random(shape)).astype(np.float32), tile)
+
+
+def fp8_values(matrix):
+    scales = np.repeat(fp8.row_scales(matrix), matrix.tile[1], axis=1)[:, : matrix.K]
+    return fp8.decode(matrix.payload).astype(np.float64) * scales
+
+
+def run_fp8(x, matrix, *, out_dtype=F32, dev=None, sms=132):
+    """x: rows, or an operand of codes and scale."""
+    dev = dev or device()
+    weight = weight_layout.pack_fp8([matrix]).on(dev.upload)
+    is_operand = hasattr(x, "codes")
+    M = len(x.codes) if is_operand else len(x)
+    out = dev.empty((M, matrix.rows), np.dtype(out_dtype))
+    plan = launch_linear.plan_fp8_decode(weight, M, "fp8" if is_operand else type_name(x.dtype), sms=sms)
+    function = launch_linear.fp8_decode if is_operand else launch_linear.w8a16_decode
+    dev.launch(function(x, weight, Output(out), workspace(plan, dev), sms))
+    return out
+
+
+FP8_SHAPES = [(1, 40, 192, (1, 192)), (5, 16, 72, (16, 72)), (17, 100, 576, (128, 128)), (1, 20, 2304, (128, 128))]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_w8a16_decode(dtype):
+    rng = np.random.default_rng(4)
+    for M, N, K, tile in FP8_SHAPES:
+        matrix = fp8_matrix(rng, N, K, tile)
+        x = rng.standard_normal((M, K)).astype(dtype)
+        assert_close(run_fp8(x, matrix), x.astype(np.float64) @ fp8_values(matrix).T, 1e-6)
+
+
+def test_fp8_decode():
+    rng = np.random.default_rng(5)
+    for M, N, K, tile in FP8_SHAPES:
+        matrix = fp8_matrix(rng, N, K, tile)
+        codes, scale = fp8.quantize_rows(rng.standard_normal((M, K)).astype(np.float32))
+        wide = np.zeros((M, padded(K)), np.uint8)
+        wide[:, :K] = codes
+        y = run_fp8(SimpleNamespace(codes=device().upload(wide), scale=scale), matrix)
+        assert_close(y, (fp8.decode(codes).astype(np.float64) * scale[:, None]) @ fp8_values(matrix).T, 1e-6)
+
+
+def run_16_bit(x, w, *, out_dtype=F32, bias=None, residual=None, dev=None, sms=132):
+    dev = dev or device()
+    out = dev.empty((len(x), len(w)), np.dtype(out_dtype))
+    plan = launch_linear.plan_16_bit_decode(*w.shape, len(x), sms=sms)
+    output = Output(out, bias, residual)
+    dev.launch(launch_linear.decode(dev.upload(x), dev.upload(w), output, workspace(plan, dev), sms))
+    return out
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_16_bit_decode(dtype):
+    rng = np.random.default_rng(6)
+    for M, N, K in ((1, 40, 896), (3, 16, 8), (17, 100, 200), (33, 33, 264)):
+        x, w = (rng.standard_normal(shape).astype(dtype) for shape in ((M, K), (N, K)))
+        assert_close(run_16_bit(x, w), x.astype(np.float64) @ w.astype(np.float64).T, 1e-6)
+
+
+# ---- what holds for every product of few tokens ----------------------------------------------------------------------
+
+
+def take(operand, rows):
+    """Some tokens of an operand."""
+    if isinstance(operand, np.ndarray):
+        return operand[rows]
+    if isinstance(operand, SimpleNamespace):
+        return SimpleNamespace(codes=operand.codes[rows], scale=operand.scale[rows])
+    fields = {
+        name: value[rows] if isinstance(value, np.ndarray) else value
+        for name in operand.__slots__
+        for value in [getattr(operand, name)]
+    }
+    return type(operand)(**fields)
+
+
+def decode_case(kind, M, N, K, rng):
+    """A weight of `kind`, M tokens for it, and how to multiply them."""
+    x = (rng.standard_normal((M, K)) * np.exp(rng.standard_normal((M, K)))).astype(BF16)
+    if kind == "bf16":
+        return x, rng.standard_normal((N, K)).astype(BF16), run_16_bit
+    if kind == "w8a16":
+        return x, fp8_matrix(rng, N, K, (128, 128)), run_fp8
+    if kind == "fp8":
+        codes, scale = fp8.quantize_rows(x.astype(np.float32))
+        wide = np.pad(codes, ((0, 0), (0, padded(K) - K)))
+        return SimpleNamespace(codes=wide, scale=scale), fp8_matrix(rng, N, K, (1, K)), run_fp8
+    format, block = {"mxfp4": ("mxfp4", 32), "hif4": ("hif4", 64), "w16": ("nvfp4", 16)}.get(
+        kind.split()[0], ("nvfp4", 32)
+    )
+    matrix = fp4_matrix(rng, N, K, format, block)
+    if kind.endswith("w4a16"):
+        return x, matrix, run_w4a16
+    if kind.endswith("one"):
+        return REFERENCE.prepare_fp4(x, format=format), matrix, run_fp4
+    return REFERENCE.prepare_sharq(x, format=format), matrix, run_fp4
+
+
+KINDS = [
+    "bf16",
+    "w8a16",
+    "fp8",
+    "w32 w4a16",
+    "w16 w4a16",
+    "w32 sharq",
+    "w16 sharq",
+    "mxfp4 sharq",
+    "hif4 sharq",
+    "w32 one",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_has_the_same_bits_in_every_batch(kind):
+    """Alone or with others, in any column, whether K is split over blocks or not, under any schedule."""
+    rng = np.random.default_rng(7)
+    x, weight, run = decode_case(kind, 37, 40, 704, rng)
+    together = run(x, weight)
+    for rows in (slice(0, 1), slice(36, 37), slice(4, 13), slice(3, 20)):
+        assert (run(take(x, rows), weight) == together[rows]).all()
+    assert (run(x, weight, sms=1) == together).all()  # one block has all slices
+    for schedule in SCHEDULES[1:]:
+        some = slice(2, 7)
+        assert (run(take(x, some), weight, dev=device(schedule=schedule)) == together[some]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checked(kind):
+    rng = np.random.default_rng(8)
+    x, weight, run = decode_case(kind, 5, 20, 320, rng)
+    assert (run(x, weight, dev=device(checked=True)) == run(x, weight)).all()
+    assert (run(x, weight, dev=device(checked=True), sms=1) == run(x, weight)).all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "w32 sharq", "w16 w4a16"])
+@pytest.mark.parametrize("out_dtype", [F32, F16, BF16], ids=str)
+def test_bias_residual_and_one_rounding(kind, out_dtype):
+    rng = np.random.default_rng(9)
+    x, weight, run = decode_case(kind, 3, 24, 320, rng)
+    y = run(x, weight)
+    bias = (rng.standard_normal(24) * 50).astype(np.float32)
+    residual = (rng.standard_normal((3, 24)) * 50).astype(out_dtype)
+    expected = ((y + bias) + residual.astype(np.float32)).astype(out_dtype)
+    in_place = device().upload(residual)
+    assert (run(x, weight, out_dtype=out_dtype, bias=bias, residual=in_place) == expected).all()

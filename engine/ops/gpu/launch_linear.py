@@ -12,9 +12,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from engine.errors import InvalidArgument
 from engine.ops.gpu.launch import Launch
 from engine.ops.gpu.launch_rows import row_stride, type_name
-from engine.ops.gpu.weight_layout import FP4_UNIT_K, TILE_ROWS, Fp4Units, unit_bytes
+from engine.ops.gpu.weight_layout import CODE_BYTES, FP4_UNIT_K, FP8_UNIT_K, TILE_ROWS, Fp4Units, Fp8Units, unit_bytes
 
 COLUMNS = 8  # of an mma
 STAGES = 4  # kStages
@@ -152,6 +153,48 @@ def fp4_decode(operand: Any, weight: Fp4Units, output: Output, workspace: Worksp
     return _decode_launch(
         f"linear_{fp4_name(weight)}.cu", kernel, plan, [*args, *_decode_arguments(plan, output, workspace, K)]
     )
+
+
+def plan_fp8_decode(weight: Fp8Units, M: int, input_type: str, *, sms: int = H200_SMS) -> DecodePlan:
+    """input_type: fp8, bf16 or f16."""
+    return plan_decode(
+        M, weight.N, weight.K, unit_k=FP8_UNIT_K, unit_bytes=CODE_BYTES, padding=16,
+        scale_group=128 if input_type == "bf16" else 0, sms=sms,
+    )  # fmt: skip
+
+
+def fp8_decode(operand: Any, weight: Fp8Units, output: Output, workspace: Workspace, sms: int = H200_SMS) -> Launch:
+    """operand: device arrays `codes` uint8 [M, padded(K)] and `scale` float32 [M]."""
+    plan = plan_fp8_decode(weight, len(operand.scale), "fp8", sms=sms)
+    args = [operand.codes, operand.scale, *_fp8_arguments(weight)]
+    args += _decode_arguments(plan, output, workspace, operand.codes.shape[1])
+    return _decode_launch("linear_fp8.cu", f"linear_decode_fp8_fp8_t{plan.tiles}", plan, args)
+
+
+def w8a16_decode(x: Any, weight: Fp8Units, output: Output, workspace: Workspace, sms: int = H200_SMS) -> Launch:
+    """x [M, K] bfloat16 or float16."""
+    input_type = type_name(x.dtype)
+    plan = plan_fp8_decode(weight, len(x), input_type, sms=sms)
+    args = [x, row_stride(x), *_fp8_arguments(weight), *_decode_arguments(plan, output, workspace, weight.K)]
+    return _decode_launch("linear_fp8.cu", f"linear_decode_fp8_{input_type}_t{plan.tiles}", plan, args)
+
+
+def plan_16_bit_decode(N: int, K: int, M: int, *, sms: int = H200_SMS) -> DecodePlan:
+    return plan_decode(M, N, K, unit_k=64, unit_bytes=2048, padding=64, sms=sms)
+
+
+def decode(x: Any, w: Any, output: Output, workspace: Workspace, sms: int = H200_SMS) -> Launch:
+    """x [M, K] and w [N, K] of one type, bfloat16 or float16, w contiguous. Raises InvalidArgument (K, types)."""
+    N, K = w.shape
+    if K % 8 or x.dtype != w.dtype:
+        raise InvalidArgument(f"x and w must have one type and K a multiple of 8; got {x.dtype}, {w.dtype} and K = {K}")
+    plan = plan_16_bit_decode(N, K, len(x), sms=sms)
+    args = [x, row_stride(x), w, *_decode_arguments(plan, output, workspace, K)]
+    return _decode_launch("linear_bf16.cu", f"linear_decode_{type_name(x.dtype)}_t{plan.tiles}", plan, args)
+
+
+def _fp8_arguments(weight: Fp8Units) -> list[Any]:
+    return [weight.units, weight.scale, np.int32(weight.scale.shape[0])]
 
 
 def _decode_arguments(plan: DecodePlan, output: Output, workspace: Workspace, K: int) -> list[Any]:

@@ -1,8 +1,8 @@
 """Weights as the matrix-product kernels read them: the NumPy side of cuda/weight_layout.cuh, which draws the layout.
 
 A unit is 16 rows by 128 k of FP4 (1024 bytes of codes, then the rows' scales) or 64 k of FP8 (1024 bytes of codes).
-N is padded to 16 and K to a unit with zeros: codes of 0 under whatever scale a byte 0 is. Units of 16 rows lie one
-after the other along k. bf16 and f16 weights need no layout of their own: kernels read [N, K] row by row.
+N is padded to 16 and K to 128 with zeros: codes of 0 under whatever scale a byte 0 is. Units of 16 rows lie one after
+the other along k. bf16 and f16 weights need no layout of their own: kernels read [N, K] row by row.
 
 The eight codes of a 32-bit word are nibbles where instructions take FP4 (sm_120a), and `placed` where kernels make f16
 of them (cuda/fp4_decode.cuh draws both).
@@ -61,7 +61,7 @@ class Fp8Units:
 
     N: int
     K: int
-    units: Any  # uint8 [tiles, ceil(K / 64), 1024]
+    units: Any  # uint8 [tiles, 2 ceil(K / 128), 1024]
     scale: Any  # float32 [scales along k, N]
 
     @property
@@ -134,7 +134,7 @@ def pack_fp8(shards: Sequence[Fp8Matrix]) -> Fp8Units:
             f"{sorted({s.K for s in shards})} and scales for {sorted(steps)} k"
         )
     N = sum(shard.rows for shard in shards)
-    tiles, chunks = -(-N // TILE_ROWS), -(-K // FP8_UNIT_K)
+    tiles, chunks = -(-N // TILE_ROWS), 2 * -(-K // (2 * FP8_UNIT_K))
     codes = _padded([shard.payload for shard in shards], tiles, chunks * FP8_UNIT_K)
     scale = np.concatenate([fp8.row_scales(shard) for shard in shards])
     return Fp8Units(N, K, _lane_order(codes, tiles, chunks), np.ascontiguousarray(scale.T))
