@@ -7,9 +7,10 @@
 // A block of a scale may span neighbouring lanes, whose tiles lie one after the other: NVFP4 16 or 32 k, MXFP4 32, HiF4
 // 64, i.e. 1, 2 or 4 lanes. All lanes of a warp call these functions together.
 //
-// Where the arithmetic here differs from the definition's, its result does not:
-// * amax / 6 is amax · fp32(1/6): amax has 8 significant bits (so has a residual, which is exact), and the two then
-//   round to the same UE4M3;
+// Where the arithmetic here differs from the definition's, its result does not, because what is quantised has 8
+// significant bits: bf16 numbers, and residuals x − q·s of NVFP4 and MXFP4, which are exact and no longer.
+// * amax / 6 is amax · fp32(1/6): the two round to the same UE4M3;
+// * E2M1 codes are found in fp16: see E2m1Scale and Nvfp4::half_inverse;
 // * x / step of HiF4 is a product with the reciprocal, corrected twice by fma: correctly rounded.
 #pragma once
 
@@ -19,149 +20,120 @@ constexpr int kTile = 16;  // k in a thread
 
 // ---- elements --------------------------------------------------------------------------------------------------------
 
-// A magnitude rounded to an element: `code` is 2^23 + its code, so that the low bits of the float are the code; `units`
-// is what it is worth, in the unit its scale keeps.
-struct Rounded {
-    float code, units;
-};
+// Words of eight codes: the magnitudes' nibbles, and the signs of eight numbers in bit 3 of theirs. The numbers come in
+// pairs of halves: pair j holds k = j in its low half and k = j + 4 in its high one.
+__device__ __forceinline__ u32 with_signs(u32 magnitudes, const u32 (&pairs)[4]) {
+    const u32 even = __byte_perm(pairs[0], pairs[2], 0x7351), odd = __byte_perm(pairs[1], pairs[3], 0x7351);
+    return magnitudes | (even >> 4 & 0x08080808u) | (odd & 0x80808080u);
+}
 
-constexpr float kWhole = 8388608.0f;  // 2^23: adding it rounds to a whole number, ties to even, which the low bits hold
+__device__ __forceinline__ __half2 halves(u32 word) { return reinterpret_cast<const __half2&>(word); }
+__device__ __forceinline__ __half2 both(float x) { return __float2half2_rn(x); }
+__device__ __forceinline__ u32 word_of(__half2 pair) { return reinterpret_cast<const u32&>(pair); }
 
-// Under a scale s of E2M1 elements: s itself (the unit of Rounded), and half its rounded reciprocal.
+// E2M1 under one scale s: s itself and 1 / 2s.
 struct E2m1Scale {
     float unit, half_inverse;
 
-    // Nearest E2M1 of |x|·fp32(1/s), ties to even, saturating. Its code is a concave, piecewise linear function of that
-    // number y, rounded to a whole one: slope 2 up to 2, 1 up to 4, 1/2 up to 6, 0 beyond. The three pieces saturate
-    // where the next begins, so at most one of them is not whole and adding them to 2^23 rounds once.
-    __device__ __forceinline__ Rounded round(float x) const {
-        const float half = __fmul_rn(fabsf(x), half_inverse);  // y / 2
-        const float first = __saturatef(half), second = __saturatef(__fadd_rn(half, -1.0f));
-        const float third = __saturatef(__fadd_rn(half, -2.0f));
-        const float up_to_4 = __fmaf_rn(first, 4.0f, kWhole), up_to_6 = __fmaf_rn(second, 2.0f, up_to_4);
-        const float code = __fadd_rn(up_to_6, third);
-        // value = code's pieces over their slopes = 2·code − up_to_6 − up_to_4 / 2, every step exact
-        const float value = __fmaf_rn(up_to_4, -0.5f, __fmaf_rn(code, 2.0f, -up_to_6));
-        return {code, __fadd_rn(value, -0.5f * kWhole)};
+    // Nearest E2M1 of x / s, ties to even, saturating: eight codes, and their values in units.
+    //
+    // In fp16, two numbers at a time. The code of y = |x| / s is a concave, piecewise linear function of y rounded to a
+    // whole number: slope 2 up to 2, 1 up to 4, 1/2 up to 6, 0 beyond. The three pieces saturate where the next begins,
+    // so at most one of them is not whole, and adding them to 1024, where halves have steps of 1, rounds once.
+    __device__ __forceinline__ u32 encode(const float* x, float* value) const {
+        const __half2 whole = both(1024.0f);
+        u32 pairs[4], magnitudes = 0;
+#pragma unroll
+        for (int j = 3; j >= 0; --j) {
+            pairs[j] = Word<f16>::pack(__fmul_rn(x[j], half_inverse), __fmul_rn(x[j + 4], half_inverse));
+            const __half2 half_y = __habs2(halves(pairs[j]));
+            const __half2 first = __hmul2_sat(half_y, both(1.0f)), second = __hadd2_sat(half_y, both(-1.0f));
+            const __half2 third = __hadd2_sat(half_y, both(-2.0f));
+            const __half2 up_to_4 = __hfma2(first, both(4.0f), whole), up_to_6 = __hfma2(second, both(2.0f), up_to_4);
+            const __half2 code = __hadd2(up_to_6, third);
+            magnitudes = magnitudes * 16 + word_of(code);
+            // value = the code's pieces over their slopes = 2·code − up_to_6 − up_to_4 / 2, exact at every step
+            const __half2 twice = __hfma2(code, both(2.0f), __hneg2(up_to_6));
+            const __half2 size = __hadd2(__hfma2(up_to_4, both(-0.5f), twice), both(-512.0f));
+            const u32 with_sign = word_of(size) | (pairs[j] & 0x80008000u);
+            value[j] = __low2float(halves(with_sign));
+            value[j + 4] = __high2float(halves(with_sign));
+        }
+        return with_signs(magnitudes - 0x64006400u * 0x1111u, pairs);  // 0x6400 is 1024
     }
 };
 
-// Under a step of S1P2 elements; the unit of Rounded is a quarter of it.
+// S1P2 under a step; a unit is a quarter of it.
 struct S1p2Scale {
     float step, inverse, unit;
 
-    __device__ __forceinline__ Rounded round(float x) const {
+    // Nearest S1P2 of x / step, ties to even, saturating: 2^23 + its magnitude's code, which is its value in units.
+    __device__ __forceinline__ float round(float x) const {
         const float guess = __fmul_rn(fabsf(x), inverse);
         const float y = __fmaf_rn(__fmaf_rn(-guess, step, fabsf(x)), inverse, guess);  // |x| / step, correctly rounded
-        const float code = __fmaf_rn(fminf(y, 1.75f), 4.0f, kWhole);
-        return {code, __fadd_rn(code, -kWhole)};
+        return __fmaf_rn(fminf(y, 1.75f), 4.0f, kWhole);
     }
+    static constexpr float kWhole = 8388608.0f;  // adding it rounds to a whole number, which the low bits hold
 };
-
-// x − what `rounded` stands for with x's sign: one rounding, and +0 where nothing is left.
-__device__ __forceinline__ float minus(float x, float unit, Rounded rounded) {
-    return __fmaf_rn(-copysignf(rounded.units, x), unit, x);
-}
-
-// Codes of N elements, eight a word, from Rounded.code and the numbers that give the signs. Horner's rule on the floats'
-// bits: the code arrives in its nibble, of 2^23's bits what is not shifted out is subtracted, and the sign bits arrive
-// in bit 3 of their nibble with the exponent's in the others.
-template <int N>
-__device__ __forceinline__ void pack_codes(const float (&code)[N], const float (&x)[N], u32 (&words)[N / 8]) {
-    constexpr u32 kWholeBits = 0x4b000000u;
-#pragma unroll
-    for (int w = 0; w < N / 8; ++w) {
-        u32 magnitudes = 0, signs = 0;
-#pragma unroll
-        for (int i = 8 * w + 7; i >= 8 * w; --i) {
-            magnitudes = magnitudes * 16 + __float_as_uint(code[i]);
-            signs = __funnelshift_l(__float_as_uint(x[i]), signs, 4);
-        }
-        words[w] = (magnitudes - kWholeBits * 17) | (signs & 0x88888888u);
-    }
-}
 
 // ---- the mask --------------------------------------------------------------------------------------------------------
 
-// Numbers first < second of the two largest of four scores, the lower number winning ties.
+// Which two of four scores are the largest, the lower number winning ties: both of the lower two, both of the higher
+// two, or the better one of each.
 struct Kept {
-    int first, second;
+    bool both_low, both_high, odd_low, odd_high;
 
-    __device__ __forceinline__ Kept(float s0, float s1, float s2, float s3) {
-        const bool both_low = fminf(s0, s1) >= fmaxf(s2, s3), both_high = fminf(s2, s3) > fmaxf(s0, s1);
-        first = both_low ? 0 : both_high ? 2 : s1 > s0 ? 1 : 0;
-        second = both_low ? 1 : both_high ? 3 : s3 > s2 ? 3 : 2;
+    __device__ __forceinline__ Kept(float s0, float s1, float s2, float s3)
+        : both_low(fminf(s0, s1) >= fmaxf(s2, s3)), both_high(fminf(s2, s3) > fmaxf(s0, s1)), odd_low(s1 > s0),
+          odd_high(s3 > s2) {}
+    __device__ __forceinline__ bool keeps(int candidate) const {
+        const bool better = (candidate < 2 ? odd_low : odd_high) == (candidate % 2 == 1);
+        return candidate < 2 ? both_low || (!both_high && better) : both_high || (!both_low && better);
     }
-    __device__ __forceinline__ u32 metadata() const { return first | second << 2; }
+    __device__ __forceinline__ u32 first() const { return both_low ? 0 : both_high ? 2 : odd_low ? 1 : 0; }
+    __device__ __forceinline__ u32 second() const { return both_low ? 1 : both_high ? 3 : odd_high ? 3 : 2; }
+    __device__ __forceinline__ u32 metadata() const { return first() | second() << 2; }
+};
 
-    // What is kept of four candidates, and the candidates with something else in those places.
-    __device__ __forceinline__ void take(const float (&x)[4], float& a, float& b) const {
-        a = first == 0 ? x[0] : first == 1 ? x[1] : x[2];
-        b = second == 1 ? x[1] : second == 2 ? x[2] : x[3];
-    }
-    __device__ __forceinline__ void put(float (&x)[4], float a, float b) const {
-        x[0] = first == 0 ? a : x[0];
-        x[1] = first == 1 ? a : second == 1 ? b : x[1];
-        x[2] = first == 2 ? a : second == 2 ? b : x[2];
-        x[3] = second == 3 ? b : x[3];
+// Pairs of neighbours compete in each eight k.
+struct PairMask {
+    Kept chunks[2];
+
+    __device__ __forceinline__ bool keeps(int i) const { return chunks[i / 8].keeps(i % 8 / 2); }
+    __device__ __forceinline__ u32 metadata() const { return chunks[0].metadata() | chunks[1].metadata() << 4; }
+    // The kept codes in the order of k; pairs are bytes.
+    __device__ __forceinline__ u32 compress(const u32 (&words)[2]) const {
+        const u32 low = chunks[0].first() | chunks[0].second() << 4, high = chunks[1].first() | chunks[1].second() << 4;
+        return __byte_perm(words[0], words[1], low | (high + 0x44) << 8);
     }
 };
 
-// Candidate c of a chunk of 4 · width elements is x[chunk + c · width], …, width of them.
-template <int width>
-__device__ __forceinline__ void candidates(const float (&x)[kTile], int chunk, int i, float (&four)[4]) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) four[c] = x[chunk * 4 * width + c * width + i];
-}
+// Elements compete in each four k.
+struct ElementMask {
+    Kept chunks[4];
 
-// A tile's mask: 4 · width elements a chunk, of which half are kept. width 2: pairs compete, 1: elements.
-template <int width>
-struct TileMask {
-    static constexpr int kChunks = kTile / (4 * width);
-    Kept kept[kChunks];
-
-    // The kept elements in the order of k.
-    __device__ __forceinline__ void take(const float (&x)[kTile], float (&kept_x)[kTile / 2]) const {
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk)
-#pragma unroll
-            for (int i = 0; i < width; ++i) {
-                float four[4];
-                candidates<width>(x, chunk, i, four);
-                float* to = kept_x + chunk * 2 * width + i;
-                kept[chunk].take(four, to[0], to[width]);
-            }
-    }
-    // Puts other numbers where the kept ones were.
-    __device__ __forceinline__ void put(float (&x)[kTile], const float (&kept_x)[kTile / 2]) const {
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk)
-#pragma unroll
-            for (int i = 0; i < width; ++i) {
-                float four[4];
-                candidates<width>(x, chunk, i, four);
-                const float* from = kept_x + chunk * 2 * width + i;
-                kept[chunk].put(four, from[0], from[width]);
-#pragma unroll
-                for (int c = 0; c < 4; ++c) x[chunk * 4 * width + c * width + i] = four[c];
-            }
-    }
-    // A nibble a chunk, the first chunk's lowest.
+    __device__ __forceinline__ bool keeps(int i) const { return chunks[i / 4].keeps(i % 4); }
     __device__ __forceinline__ u32 metadata() const {
-        u32 nibbles = 0;
+        return chunks[0].metadata() | chunks[1].metadata() << 4 | chunks[2].metadata() << 8 | chunks[3].metadata() << 12;
+    }
+    __device__ __forceinline__ u32 compress(const u32 (&words)[2]) const {
+        u32 kept = 0;
 #pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk) nibbles |= kept[chunk].metadata() << 4 * chunk;
-        return nibbles;
+        for (int c = 0; c < 4; ++c) {
+            const u32 codes = words[c / 2] >> 16 * (c % 2);
+            kept |= ((codes >> 4 * chunks[c].first() & 15) | (codes >> 4 * chunks[c].second() & 15) << 4) << 8 * c;
+        }
+        return kept;
     }
 };
 
-__device__ __forceinline__ TileMask<2> mask_pairs(const float (&x)[kTile]) {
+__device__ __forceinline__ PairMask mask_pairs(const float (&x)[kTile]) {
     float score[kTile / 2];
 #pragma unroll
     for (int i = 0; i < kTile / 2; ++i) score[i] = fmaxf(fabsf(x[2 * i]), fabsf(x[2 * i + 1]));
     return {{Kept(score[0], score[1], score[2], score[3]), Kept(score[4], score[5], score[6], score[7])}};
 }
-__device__ __forceinline__ TileMask<1> mask_elements(const float (&x)[kTile]) {
+__device__ __forceinline__ ElementMask mask_elements(const float (&x)[kTile]) {
     const auto of = [&](int i) { return Kept(fabsf(x[i]), fabsf(x[i + 1]), fabsf(x[i + 2]), fabsf(x[i + 3])); };
     return {{of(0), of(4), of(8), of(12)}};
 }
@@ -190,45 +162,70 @@ __device__ __forceinline__ Ue4m3 round_ue4m3(float s) {
     return {steps + (power >> 20) - (121u << 3), __fadd_rn(aligned, -aligner)};
 }
 
-// A tile's scale: how its elements round (`of`, by number 0 … 15), and the stored scale of the block, the same in all
-// the block's lanes.
+// A tile's scale: the stored scale of its block, the same in all the block's lanes, and what an element's unit is worth.
+// encode: sixteen codes, and the numbers they stand for in units, signed.
 struct E2m1TileScale {
     E2m1Scale scale;
     u32 stored;
-    __device__ __forceinline__ const E2m1Scale& of(int) const { return scale; }
+
+    __device__ __forceinline__ float unit(int) const { return scale.unit; }
+    __device__ __forceinline__ void encode(const float (&x)[kTile], u32 (&words)[2], float (&value)[kTile]) const {
+        words[0] = scale.encode(x, value);
+        words[1] = scale.encode(x + 8, value + 8);
+    }
 };
 struct S1p2TileScale {
     S1p2Scale fours[4];
     u32 stored;
-    __device__ __forceinline__ const S1p2Scale& of(int i) const { return fours[i / 4]; }
+
+    __device__ __forceinline__ float unit(int i) const { return fours[i / 4].unit; }
+    __device__ __forceinline__ void encode(const float (&x)[kTile], u32 (&words)[2], float (&value)[kTile]) const {
+        words[0] = words[1] = 0;
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) {
+            const float code = fours[i / 4].round(x[i]);
+            value[i] = copysignf(__fadd_rn(code, -S1p2Scale::kWhole), x[i]);
+            const u32 nibble = (__float_as_uint(code) & 7) | (__float_as_uint(x[i]) >> 28 & 8);
+            words[i / 8] |= nibble << 4 * (i % 8);
+        }
+    }
 };
 
-// Formats: kLanes of a block (of the backbone where sparse), how candidates of the mask are made, stored types.
+// Formats: k of a block (of the backbone where sparse), the mask, stored types.
 
 struct Nvfp4 {
     static constexpr bool kGlobalScale = true;
-    static constexpr int kBlock = 16, kSparseBlock = 32, kMaskWidth = 2;
+    static constexpr int kBlock = 16, kSparseBlock = 32;
     using Scale = u8;
     using Meta = u8;  // of a tile
 
-    static __device__ __forceinline__ TileMask<2> mask(const float (&x)[kTile]) { return mask_pairs(x); }
+    static __device__ __forceinline__ PairMask mask(const float (&x)[kTile]) { return mask_pairs(x); }
+
+    // The definition rounds x · fp32(1/s), which lies above a tie it should meet where s = 15·2^e and the tie is at
+    // 1.25·2^i, but not where it is at 2^i. A factor of 1 + .9·2^-11 does the same to fp16: it is lost in rounding 2^i
+    // and not in rounding 1.25·2^i. (All other ties are met, or round up either way; and since x has 8 significant bits
+    // and s has 4, what is no tie is far from one, by 2^-9, so that the reciprocal may be an approximate one.)
+    static __device__ __forceinline__ float half_inverse(float s) {
+        const bool is_15 = (__float_as_uint(s) & 0x00700000u) == 0x00700000u;
+        return __fdividef(is_15 ? 0.5f * (1.0f + 0.9f * 0x1p-11f) : 0.5f, s);
+    }
 
     template <int block>
     static __device__ __forceinline__ E2m1TileScale scale(const float (&x)[kTile]) {
         const float amax = max_of_lanes<block / kTile>(largest(x));
         const float s = fmaxf(fminf(__fmul_rn(amax, 1.0f / 6.0f), 448.0f), 0x1p-9f);
         const Ue4m3 nearest = round_ue4m3(s);
-        return {{nearest.value, __fmul_rn(0.5f, __frcp_rn(nearest.value))}, nearest.byte};
+        return {{nearest.value, half_inverse(nearest.value)}, nearest.byte};
     }
 };
 
 struct Mxfp4 {
     static constexpr bool kGlobalScale = false;
-    static constexpr int kBlock = 32, kSparseBlock = 32, kMaskWidth = 2;
+    static constexpr int kBlock = 32, kSparseBlock = 32;
     using Scale = u8;
     using Meta = u8;
 
-    static __device__ __forceinline__ TileMask<2> mask(const float (&x)[kTile]) { return mask_pairs(x); }
+    static __device__ __forceinline__ PairMask mask(const float (&x)[kTile]) { return mask_pairs(x); }
 
     // byte = exponent of amax − 2, at least 0; byte 0 is 2^-127, subnormal. Half the reciprocal is 2^(126 − byte).
     template <int block>
@@ -242,11 +239,11 @@ struct Mxfp4 {
 
 struct Hif4 {
     static constexpr bool kGlobalScale = false;
-    static constexpr int kBlock = 64, kSparseBlock = 64, kMaskWidth = 1;
+    static constexpr int kBlock = 64, kSparseBlock = 64;
     using Scale = u32;
     using Meta = unsigned short;
 
-    static __device__ __forceinline__ TileMask<1> mask(const float (&x)[kTile]) { return mask_elements(x); }
+    static __device__ __forceinline__ ElementMask mask(const float (&x)[kTile]) { return mask_elements(x); }
 
     // E1_16 of k in [4i, 4i + 4) in bit 16 + i, E1_8 of [8i, 8i + 8) in bit 8 + i, E6M2 in bits 7:0.
     template <int block>
@@ -282,21 +279,3 @@ struct Hif4 {
         return tile;
     }
 };
-
-// ---- tiles -----------------------------------------------------------------------------------------------------------
-
-// Codes of N of a tile's elements, 16 / N of each group of four, and x − what they stand for in place of x.
-template <int N, class TileScale>
-__device__ __forceinline__ void encode(float (&x)[N], const TileScale& scale, u32 (&words)[N / 8]) {
-    float code[N], rest[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        const auto& s = scale.of(i * (kTile / N));
-        const Rounded rounded = s.round(x[i]);
-        code[i] = rounded.code;
-        rest[i] = minus(x[i], s.unit, rounded);
-    }
-    pack_codes(code, x, words);
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = rest[i];
-}

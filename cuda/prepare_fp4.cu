@@ -26,11 +26,11 @@ __device__ __forceinline__ void prepare_fp4(const Source& from, const float* ten
     const Divisor divisor(row_scale);
     // Warps go through together: lanes whose tiles lie beyond the row take part in the shuffles.
     for (int tile = threadIdx.x; tile - lane_of_warp() < tiles; tile += blockDim.x) {
-        float x[kTile];
+        float x[kTile], value[kTile];
         u32 words[2];
         fp4_tile<Format>(from, made, kTile * tile, divisor, x);
         const auto scale = Format::template scale<block>(x);
-        encode(x, scale, words);
+        scale.encode(x, words, value);
         if (tile >= tiles) continue;
         codes[tile] = make_uint2(words[0], words[1]);
         store_scale<block>(row_scales, tile, kTile * tile < from.K, scale.stored);

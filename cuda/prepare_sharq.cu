@@ -33,23 +33,24 @@ __device__ __forceinline__ void split_tile(float (&x)[kTile], const SharqOut<For
                                            bool stored) {
     constexpr int backbone_block = sparse ? Format::kSparseBlock : Format::kBlock;
     const auto backbone_scale = Format::template scale<backbone_block>(x);  // what is kept includes the largest
+    u32 words[2];
+    float value[kTile];
+    backbone_scale.encode(x, words, value);
     if constexpr (sparse) {
         const auto mask = Format::mask(x);
-        float kept[kTile / 2];
-        u32 words[1];
-        mask.take(x, kept);
-        encode(kept, backbone_scale, words);
-        mask.put(x, kept);
-        if (stored) static_cast<u32*>(out.backbone)[tile] = words[0];
+        if (stored) static_cast<u32*>(out.backbone)[tile] = mask.compress(words);
         if (stored) out.meta[tile] = static_cast<typename Format::Meta>(mask.metadata());
+        // One rounding, +0 where nothing is left; a product with −0 leaves what was dropped as it is, zeros too.
+#pragma unroll
+        for (int i = 0; i < kTile; ++i)
+            x[i] = __fmaf_rn(-value[i], mask.keeps(i) ? backbone_scale.unit(i) : -0.0f, x[i]);
     } else {
-        u32 words[2];
-        encode(x, backbone_scale, words);
         if (stored) static_cast<uint2*>(out.backbone)[tile] = make_uint2(words[0], words[1]);
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) x[i] = __fmaf_rn(-value[i], backbone_scale.unit(i), x[i]);
     }
     const auto residual_scale = Format::template scale<Format::kBlock>(x);
-    u32 words[2];
-    encode(x, residual_scale, words);
+    residual_scale.encode(x, words, value);
     if (!stored) return;
     out.residual[tile] = make_uint2(words[0], words[1]);
     store_scale<backbone_block>(out.backbone_scale, tile, valid, backbone_scale.stored);
