@@ -351,7 +351,9 @@ def test_infinities_and_nans_follow_ieee() -> None:
     assert np.isfinite(out[:5, rows][:, :, [0, 1, 3, 4, 5, 6, 7]]).all()
 
 
-def fp4_rounding(case: Fp4Case, i: int, m: int, n: int) -> float:
+def fp4_rounding(
+    case: Fp4Case, i: int, m: int, n: int, below_dots: int = 27, below_c: int = 35, least: int = -174
+) -> float:
     """BLACKWELL §4 for one element: dots of 16 stored products in quarter units, mant · 2^e scales."""
     ks = picked_k(case.nibbles[i, m], 2) if case.nibbles is not None else np.arange(64)
 
@@ -375,10 +377,10 @@ def fp4_rounding(case: Fp4Case, i: int, m: int, n: int) -> float:
         (ma, ea), (mb, eb) = (scale(int(s[i, r, dot * case.count // 4])) for s, r in ((case.sa, m), (case.sb, n)))
         if any(products) and ma * mb:
             x = ea + eb - 2
-            addends.append((sum(products) * ma * mb * Fraction(2) ** x, x - 27))
+            addends.append((sum(products) * ma * mb * Fraction(2) ** x, x - below_dots))
     if c:
-        addends.append((Fraction(c), max(exponent_of(Fraction(c)), -126) - 35))
-    lsb = max([-174, *(e for _, e in addends)])
+        addends.append((Fraction(c), max(exponent_of(Fraction(c)), -126) - below_c))
+    lsb = max([least, *(e for _, e in addends)])
     return to_fp32_toward_zero(sum((toward_zero(v, lsb) for v, _ in addends), Fraction(0)))
 
 
@@ -414,3 +416,37 @@ def test_fp4_rounds_as_stated(spec: tuple) -> None:
     picks = [(i, m, n) for i in range(12) for m, n in zip(rng.integers(0, 16, 30), rng.integers(0, 8, 30), strict=True)]
     for i, m, n in [*picks, (11, 0, 0), (7, 0, 0), (7, 5, 3)]:
         np.testing.assert_equal(out[i, m, n], np.float32(fp4_rounding(case, i, m, n)), err_msg=f"{(i, m, n)}")
+
+
+@pytest.mark.parametrize("spec", [SCALED[0], SCALED[2]], ids=lambda s: s[0])
+def test_fp4_alignment_is_as_stated(spec: tuple) -> None:
+    """What is large cancels, so that the bits cut off the rest show: below a dot, below C, below 2^-174."""
+    rng = np.random.default_rng(8)
+    case = Fp4Case(spec, 9, rng)
+    nvfp4 = case.kind == "ue4m3"
+    half = case.count // 2
+    case.c[:] = 0
+    case.a[:, :, 48:] = 0
+    for scales, large, small in ((case.sa, (0x78, 0x7F), (0, 0x10)), (case.sb, (0x78, 0x7F), (0, 0x10))):
+        if not nvfp4:
+            large, small = (127, 131), (110, 116)
+        scales[:, :, :half] = rng.integers(*large, (9, scales.shape[1], 1))
+        scales[:, :, half:] = rng.integers(*small, (9, scales.shape[1], 1))
+    dots = case.scaled()
+    for i in range(9):
+        if i % 3 == 0:  # the second dot is minus the first
+            case.a[i, :, 16:32], case.b[i, :, 16:32] = case.a[i, :, :16] ^ 8, case.b[i, :, :16]
+        elif i % 3 == 1:  # C is minus the first dot
+            case.a[i, :, 16:32] = 0
+            case.c[i] = -(dots[0][i, :, :16] @ dots[1][i, :, :16].T)
+        elif not nvfp4:  # the first dot is a multiple of 2^-149, the third minus 2^-175, 2^-174 or 2^-176
+            case.a[i, :, 1:], case.b[i, :, 1:] = 0, 0
+            case.a[i, :, 32], case.b[i, :, 32] = {2: (10, 1), 5: (10, 2), 8: (9, 1)}[i]
+            case.sa[i], case.sb[i] = [53, 40], [54, 40]
+    out = case.run()
+    places = [(i, m, n) for i in range(9) for m in range(16) for n in range(0, 8, 3)]
+    for i, m, n in places:
+        assert out[i, m, n] == np.float32(fp4_rounding(case, i, m, n)), (i, m, n)
+    others = [{"below_dots": 26}, {"below_dots": 28}, {"below_c": 34}, {"below_c": 36}]
+    for other in others if nvfp4 else [*others, {"least": -175}, {"least": -173}]:
+        assert any(fp4_rounding(case, *at, **other) != fp4_rounding(case, *at) for at in places), other

@@ -63,7 +63,7 @@ def _tokens(source: str) -> list[Token]:
     tokens: list[Token] = []
     line = 1
     for match in TOKEN.finditer(source):
-        tokens.append(Token(match.lastgroup if match.lastgroup != "tag" else "raw", match.group(), line))
+        tokens.append(Token(match.lastgroup or "", match.group(), line))
         line += match.group().count("\n")
     return tokens
 
