@@ -46,20 +46,28 @@ template <class T, int DP>
 struct PrefillRows {
     static constexpr int kColumns = DP / 8;  // in eights
 
-    Tokens seen[2];               // by rows g, g + 8
-    int begin, end, first, last;  // tokens that any row sees, that all rows see
-    float c;                      // scores to units of log2
+    Tokens seen[2];  // by rows g, g + 8
+    float c;         // scores to units of log2
     u32 queries[DP / 16][4];
     RowStates rows;
     float o[kColumns][4] = {};
     float total_maximum[2] = {kLowest, kLowest}, total_sum[2] = {}, total[kColumns][4] = {};
 
+    // Whether a row sees the first token of [begin, end) and the last; whether it sees any.
+    static __device__ __forceinline__ bool sees_all(Tokens seen, int begin, int end) {
+        return begin >= seen.begin && end <= seen.end;
+    }
+    static __device__ __forceinline__ bool sees_any(Tokens seen, int begin, int end) {
+        return begin < seen.end && end > seen.begin;
+    }
+
     __device__ __forceinline__ void add_tile(int tile, u32 k, u32 v) {
-        const int token = tile * kTileTokens;
-        if (token >= end || token + kTileTokens <= begin) return;
+        const int begin = tile * kTileTokens, end = begin + kTileTokens;
+        if (!__any_sync(kAllLanes, sees_any(seen[0], begin, end) || sees_any(seen[1], begin, end))) return;
         float s[8][4], rescale[2];
         score<T, DP>(s, queries, k);
-        if (token < first || token + kTileTokens > last) hide_unseen(s, token, seen);
+        if (!__all_sync(kAllLanes, sees_all(seen[0], begin, end) && sees_all(seen[1], begin, end)))
+            hide_unseen(s, begin, seen);
 #pragma unroll
         for (int half = 0; half < 2; ++half) rescale[half] = rows.raise(half, largest(s, half), c);
 
@@ -74,7 +82,7 @@ struct PrefillRows {
         }
         rows.sum[0] = __fmaf_rn(rows.sum[0], rescale[0], sum_of_four(sums[0].x, sums[1].x, sums[2].x, sums[3].x));
         rows.sum[1] = __fmaf_rn(rows.sum[1], rescale[1], sum_of_four(sums[0].y, sums[1].y, sums[2].y, sums[3].y));
-        scale_rows(o, rescale);
+        if (__any_sync(kAllLanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) scale_rows(o, rescale);  // rare later on
         add_values<T, DP>(o, weights, v);
     }
 
@@ -134,6 +142,11 @@ __device__ __forceinline__ void next_tile(const Tiles& tiles, int tile, int end)
     __syncthreads();
 }
 
+// Of the block's rows, this lane's g (half 0) or g + 8.
+__device__ __forceinline__ int own_row(int half) {
+    return 16 * warp_of_block() + (lane_of_warp() >> 2) + 8 * half;
+}
+
 template <class T, class KV, int DP>
 __device__ __forceinline__ void attention_prefill(const PrefillArgs<T, KV>& a) {
     extern __shared__ uint4 attention_shared[];
@@ -141,7 +154,6 @@ __device__ __forceinline__ void attention_prefill(const PrefillArgs<T, KV>& a) {
     using Tiles = KvTiles<T, KV, DP, kWarps, kStages>;
 
     const AttentionItem item = load_item(a.items, blockIdx.y);
-    const int first_row = 16 * warp_of_block();
     if (item.rows == 0) return;
     const int kv_head = blockIdx.x, G = a.H / a.KVH;
     const Tokens tokens = seen_by_rows(item, 0, item.rows - 1, G, a.window);
@@ -155,36 +167,33 @@ __device__ __forceinline__ void attention_prefill(const PrefillArgs<T, KV>& a) {
 
     PrefillRows<T, DP> rows;
     const T* q[2];
-    T* out[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int row = first_row + (lane_of_warp() >> 2) + 8 * half;
+        const int row = own_row(half);
         rows.seen[half] = seen_by(item, row, G, a.window);
         q[half] = row < item.rows ? a.q + row_offset(item, row, G, kv_head, a.D, a.q_stride) : nullptr;
-        out[half] = row < item.rows ? a.out + row_offset(item, row, G, kv_head, a.D, a.out_stride) : nullptr;
     }
     load_queries<T, DP>(rows.queries, q[0], q[1], a.D);
-    const int last_row = min(first_row + 15, item.rows - 1);
-    const Tokens of_first = seen_by(item, first_row, G, a.window), of_last = seen_by(item, last_row, G, a.window);
-    rows.begin = of_first.begin, rows.end = first_row < item.rows ? of_last.end : 0;
-    rows.first = of_last.begin, rows.last = of_first.end;
     rows.c = a.scale * kLog2E * (a.k_scales ? a.k_scales[kv_head] : 1.0f);
 
-    for (int tile = begin; tile < end; ++tile) {
-        next_tile<Tiles, kStages>(tiles, tile, end);
-        if (a.deterministic && tile > begin && first_tile_of_split(split_of_tile(tile)) == tile) rows.end_split();
-        rows.add_tile(tile, tiles.k_tile(tile), tiles.v_tile(tile));
+    for (int tile = begin; tile < end;) {
+        const int stop = a.deterministic ? min(end, first_tile_of_split(split_of_tile(tile) + 1)) : end;
+        for (; tile < stop; ++tile) {
+            next_tile<Tiles, kStages>(tiles, tile, end);
+            rows.add_tile(tile, tiles.k_tile(tile), tiles.v_tile(tile));
+        }
+        rows.end_split();
     }
-    rows.end_split();
     const float value_scale = a.v_scales ? a.v_scales[kv_head] : 1.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-        if (out[half]) rows.store(half, value_scale, out[half], a.D);
+        if (own_row(half) < item.rows)
+            rows.store(half, value_scale, a.out + row_offset(item, own_row(half), G, kv_head, a.D, a.out_stride), a.D);
 }
 
 // attention_prefill_<q's type>[_e4m3]_<DP>, D up to DP. With -DHEAD_DIM=<DP> for that DP alone.
 #define ENTRY(types, T, KV, DP)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(DP <= 128 ? 256 : 128) attention_prefill_##types##_##DP(              \
+    extern "C" __global__ void __launch_bounds__(DP <= 128 ? 256 : 128, DP <= 64 ? 2 : 1) attention_prefill_##types##_##DP(              \
         const T* q, i64 q_stride, const KV* k_cache, const KV* v_cache, const int* block_tables, int table_stride,     \
         const int* items, int H, int KVH, int D, float scale, int window, const float* k_scales,                       \
         const float* v_scales, int deterministic, T* out, i64 out_stride) {                                            \

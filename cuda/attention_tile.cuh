@@ -171,16 +171,22 @@ struct KvTiles {
         const u32 to = shared + stage;
         const int row = warp_of_block() * kRows, token = tile * kTileTokens + row;
         const bool any = token < tokens.end && token + kRows > tokens.begin;
+        const bool all = token >= tokens.begin && token + kRows <= tokens.end;
         if (any) pages += table[token / kBlockTokens] * block_stride + token % kBlockTokens * D;
         if constexpr (kNarrow) {
 #pragma unroll
             for (int i = lane_of_warp(); i < kRows * DP / 16; i += 32)
-                if (16 * i < kRows * D) ptx::cp_async_16(to + row * D + 16 * i, any ? pages + 16 * i : k, any ? 16 : 0);
-        } else {
+                if (D == DP || 16 * i < kRows * D)
+                    ptx::cp_async_16(to + row * D + 16 * i, any ? pages + 16 * i : k, any ? 16 : 0);
+        } else if (all && D == DP) {  // nearly always, and with all offsets known
 #pragma unroll
+            for (int i = lane_of_warp(); i < kRows * DP / 8; i += 32)
+                ptx::cp_async_16(to + ((row + i / (DP / 8)) * kStride + i % (DP / 8) * 8) * 2, pages + 8 * i);
+        } else {
+#pragma unroll 1
             for (int i = lane_of_warp(); i < kRows * DP / 8; i += 32) {
                 const int r = i / (DP / 8), d = i % (DP / 8) * 8;
-                const bool wanted = token + r >= tokens.begin && token + r < tokens.end && (D == DP || d < D);
+                const bool wanted = token + r >= tokens.begin && token + r < tokens.end && d < D;
                 ptx::cp_async_16(to + ((row + r) * kStride + d) * 2, wanted ? pages + r * D + d : k, wanted ? 16 : 0);
             }
         }
@@ -192,20 +198,27 @@ struct KvTiles {
 
     __device__ __forceinline__ void widen(int from, int to) const {
         if constexpr (kNarrow) {
-            const int row = warp_of_block() * kRows;
-            for (int i = lane_of_warp(); i < kRows * DP / 16; i += 32) {
-                if (16 * i >= kRows * D) break;
-                const uint4 codes = *reinterpret_cast<const uint4*>(memory + from + row * D + 16 * i);
-                widen_eight(to, row, 16 * i, codes.x, codes.y);
-                widen_eight(to, row, 16 * i + 8, codes.z, codes.w);
-            }
+            if (D == DP)
+                widen_rows<true>(from, to);
+            else
+                widen_rows<false>(from, to);
         }
     }
-    // Element `index` of the rows from `row` on, and the seven after it: one row, as D is a multiple of 8.
-    __device__ __forceinline__ void widen_eight(int to, int row, int index, u32 low, u32 high) const {
+    template <bool kFull>
+    __device__ __forceinline__ void widen_rows(int from, int to) const {
+        constexpr int kUnroll = kFull ? kRows * DP / 512 + 1 : 1;  // what is not full divides by D
+        const int row = warp_of_block() * kRows, width = kFull ? DP : D;
+#pragma unroll kUnroll
+        for (int i = lane_of_warp(); i < kRows * DP / 16; i += 32) {
+            if (16 * i >= kRows * width) break;
+            const uint4 codes = *reinterpret_cast<const uint4*>(memory + from + row * width + 16 * i);
+            widen_eight(to, row + 16 * i / width, 16 * i % width, codes.x, codes.y);
+            widen_eight(to, row + (16 * i + 8) / width, (16 * i + 8) % width, codes.z, codes.w);
+        }
+    }
+    __device__ __forceinline__ void widen_eight(int to, int row, int d, u32 low, u32 high) const {
         const uint2 a = widen_e4m3<T>(low), b = widen_e4m3<T>(high);
-        *reinterpret_cast<uint4*>(memory + to + ((row + index / D) * kStride + index % D) * 2) =
-            make_uint4(a.x, a.y, b.x, b.y);
+        *reinterpret_cast<uint4*>(memory + to + (row * kStride + d) * 2) = make_uint4(a.x, a.y, b.x, b.y);
     }
 };
 
