@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from engine.core import Batch
 from engine.fp4_types import Format, Fp4Matrix
-from engine.fp8_types import Fp8Matrix, Fp8Operand
+from engine.fp8_types import Fp8Matrix
 from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
 
@@ -199,8 +199,8 @@ class Ops(Protocol):
     ) -> Array:
         """The same with activations x [T, K] as they are: out = x · (weight's values)ᵀ + bias + residual."""
 
-    def prepare_fp8(self, x: Array, *, norm: Norm | None = None, silu: bool = False) -> Fp8Operand:
-        """Activations in E4M3 with a scale per token, to the bits of `engine.ops.fp8`.
+    def prepare_fp8(self, x: Array, *, norm: Norm | None = None, silu: bool = False) -> Any:
+        """Activations in E4M3 with a scale per token, to the bits of `engine.ops.fp8`; arrays named as in `Fp8Operand`.
 
         x [T, K] of any activation dtype, any K; norm and silu as for `prepare_sharq`. Raises NumericalError where x, or
         what norm or silu make of it, holds NaN or infinity.
@@ -213,7 +213,7 @@ class Ops(Protocol):
 
     def fp8_linear(
         self,
-        operand: Fp8Operand,
+        operand: Any,
         weight: Any,
         *,
         out: Array,

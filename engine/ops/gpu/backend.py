@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from engine.core import Batch
 from engine.errors import InvalidArgument, NumericalError
 from engine.fp4_types import Format, Fp4Matrix
+from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array, Norm
 from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
@@ -27,9 +28,9 @@ from engine.ops.gpu import launch_attention, launch_linear, launch_rows, weight_
 from engine.ops.gpu.device import Device
 from engine.ops.gpu.launch import Launch
 from engine.ops.gpu.launch_attention import AttentionPlan, AttentionShape
-from engine.ops.gpu.launch_linear import DecodePlan, Output, Workspace
+from engine.ops.gpu.launch_linear import OUTPUT_TYPES, DecodePlan, Output, Workspace
 from engine.ops.gpu.launch_rows import Rows
-from engine.ops.gpu.weight_layout import Fp4Units
+from engine.ops.gpu.weight_layout import Fp4Units, Fp8Units
 from engine.ops.reference import ReferenceOps
 
 _I32, _U32, _F32 = np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.float32)
@@ -106,6 +107,33 @@ class GpuOperand:
         return "residual" in self.arrays
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GpuFp8Operand:
+    """`Fp8Operand` in device memory, K padded to 128."""
+
+    codes: Any  # uint8 [T, padded K]
+    scale: Any  # float32 [T]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Packed:
+    """A 16-bit weight, row by row."""
+
+    w: Any  # [N, K]
+
+    @property
+    def N(self) -> int:
+        return int(self.w.shape[0])
+
+    @property
+    def K(self) -> int:
+        return int(self.w.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.w.nbytes)
+
+
 class GpuOps:
     """`Ops` on one device. deterministic: a token's result is bitwise the same in any batch and any chunk, not only
     beside any batch-mates; what that costs is the benchmarks' to say."""
@@ -154,6 +182,9 @@ class GpuOps:
     def new_kv_cache(
         self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
     ) -> GpuKVCache:
+        """Raises InvalidArgument for a dtype of activations that the attention kernels do not have."""
+        if launch_rows.type_name(np.dtype(dtype)) not in _ACTIVATIONS:
+            raise InvalidArgument(f"activations on the GPU are bfloat16 or float16, not {np.dtype(dtype)}")
         shape = (num_layers, num_blocks, num_kv_heads, self.kv_block_size, head_dim)
         return GpuKVCache(self.device.zeros(shape, np.dtype(dtype)), self.device.zeros(shape, np.dtype(dtype)))
 
@@ -189,7 +220,7 @@ class GpuOps:
         self, q: Array, batch: Any, cache: Any, layer: int, *, scale: float, window: int | None, out: Array
     ) -> Array:
         _, _, KVH, _, D = cache.k.shape
-        shape = AttentionShape(q.shape[1] // D, KVH, D, self._activation(q))
+        shape = AttentionShape(q.shape[1] // D, KVH, D, "bf16" if q.dtype != np.float16 else "f16")
         planned = self._planned(batch, shape, window)
         arrays = launch_attention.AttentionArrays(
             q=q,
@@ -251,6 +282,13 @@ class GpuOps:
         self._run(launch_rows.prepare_fp4(rows, operand, self._amax(rows, scale), self._invalid))
         return operand
 
+    def prepare_fp8(self, x: Array, *, norm: Norm | None = None, silu: bool = False) -> GpuFp8Operand:
+        rows = Rows(x, norm, silu)
+        codes = self.empty((rows.T, launch_rows.padded(rows.K)), np.dtype(np.uint8))
+        operand = GpuFp8Operand(codes, self.empty((rows.T,), _F32))
+        self._run(launch_rows.prepare_fp8(rows, operand.codes, operand.scale, self._invalid))
+        return operand
+
     def quantize_weight(self, w: Array, *, format: Format, block: int, grade: Grade) -> Fp4Matrix:
         return self._host.quantize_weight(w, format=format, block=block, grade=grade)
 
@@ -267,6 +305,28 @@ class GpuOps:
 
     # ---- products ----------------------------------------------------------------------------------------------------
 
+    def pack_weight(self, shards: Sequence[Array]) -> _Packed:
+        """Raises InvalidArgument for float32 weights, which no kernel multiplies."""
+        kinds = {shard.dtype for shard in shards}
+        if len(kinds) > 1 or not kinds <= OUTPUT_TYPES.keys() - {_F32}:
+            raise InvalidArgument(
+                f"weights on the GPU are bfloat16 or float16, not {' and '.join(map(str, kinds))}; convert the "
+                "checkpoint, or choose a quantised method"
+            )
+        return _Packed(self.device.upload(np.concatenate(shards)))
+
+    def linear(
+        self,
+        x: Array,
+        weight: _Packed,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        plan = launch_linear.plan_16_bit_decode(weight.N, weight.K, len(x))
+        return self._into(out, launch_linear.decode(x, weight.w, Output(out, bias, residual), self._workspace(plan)))
+
     def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> Fp4Units:
         return weight_layout.pack_fp4(shards).on(self.device.upload)
 
@@ -279,10 +339,9 @@ class GpuOps:
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
     ) -> Array:
-        paths = 2 if operand.two_paths else 1
-        plan = launch_linear.plan_fp4_decode(weight, len(out), paths=paths, fp4_input=True)
-        launch = launch_linear.fp4_decode(operand, weight, Output(out, bias, residual), self._workspace(plan))
-        return self._into(out, launch)
+        plan = launch_linear.plan_fp4_decode(weight, len(out), "fp4", paths=2 if operand.two_paths else 1)
+        output, workspace = Output(out, bias, residual), self._workspace(plan)
+        return self._into(out, launch_linear.fp4_decode(operand, weight, output, workspace))
 
     def w4a16_linear(
         self,
@@ -293,9 +352,38 @@ class GpuOps:
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
     ) -> Array:
-        plan = launch_linear.plan_fp4_decode(weight, len(out), fp4_input=False)
-        launch = launch_linear.w4a16_decode(x, weight, Output(out, bias, residual), self._workspace(plan))
-        return self._into(out, launch)
+        plan = launch_linear.plan_fp4_decode(weight, len(out), launch_rows.type_name(x.dtype))
+        output, workspace = Output(out, bias, residual), self._workspace(plan)
+        return self._into(out, launch_linear.w4a16_decode(x, weight, output, workspace))
+
+    def pack_fp8(self, shards: Sequence[Fp8Matrix]) -> Fp8Units:
+        return weight_layout.pack_fp8(shards).on(self.device.upload)
+
+    def fp8_linear(
+        self,
+        operand: Any,
+        weight: Fp8Units,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        plan = launch_linear.plan_fp8_decode(weight, len(out), "fp8")
+        output, workspace = Output(out, bias, residual), self._workspace(plan)
+        return self._into(out, launch_linear.fp8_decode(operand, weight, output, workspace))
+
+    def w8a16_linear(
+        self,
+        x: Array,
+        weight: Fp8Units,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        plan = launch_linear.plan_fp8_decode(weight, len(out), launch_rows.type_name(x.dtype))
+        output, workspace = Output(out, bias, residual), self._workspace(plan)
+        return self._into(out, launch_linear.w8a16_decode(x, weight, output, workspace))
 
     def _workspace(self, plan: DecodePlan) -> Workspace:
         """Scratch for one product: launches share it one after the other."""
@@ -306,13 +394,6 @@ class GpuOps:
         return self._scratch
 
     # ---- launching ---------------------------------------------------------------------------------------------------
-
-    def _activation(self, x: Array) -> Any:
-        """Raises InvalidArgument for a dtype that the kernels do not have."""
-        name = launch_rows.type_name(x.dtype)
-        if name not in _ACTIVATIONS:
-            raise InvalidArgument(f"activations on the GPU are bfloat16 or float16, not {x.dtype}; choose with dtype=")
-        return name
 
     def _into(self, out: Array, *launches: Launch) -> Array:
         for launch in launches:
