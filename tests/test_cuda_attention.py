@@ -33,8 +33,8 @@ except DeviceError as error:
     pytest.skip(f"kernels cannot be compiled for the emulator: {error}", allow_module_level=True)
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-NAMES = {BF16: "bf16", F16: "f16"}
-ROUNDING = {BF16: 2.0**-8, F16: 2.0**-11}  # largest relative error of one rounding
+NAMES = {BF16: "bf16", F16: "f16", F32: "f32"}
+ROUNDING = {BF16: 2.0**-8, F16: 2.0**-11, F32: 2.0**-24}  # largest relative error of one rounding
 
 
 @lru_cache
@@ -70,7 +70,7 @@ class Scene:
     def queries(self, spans):
         return np.concatenate([self.q[s][start:stop] for s, start, stop in spans])
 
-    def attend(self, *spans, window=None, deterministic=False, split_blocks=None, checked=False, padding=0, **launch):
+    def attend(self, *spans, window=None, deterministic=False, split_blocks=None, checked=False, **launch):
         """Outputs of the rows of every (sequence, start, stop), one after the other."""
         batch = self.paging.batch(list(spans))
         plan = plan_attention(batch, self.shape, window)
@@ -131,7 +131,7 @@ def assert_close(scene, *spans, window=None, **options):
 HEADS = [(2, 2), (4, 2), (4, 1), (7, 1), (8, 1)]
 LENGTHS = (1, 15, 17, 64, 65, 130, 300, 700)
 each_type = pytest.mark.parametrize(
-    "dtype, kv", [(BF16, BF16), (F16, F16), (BF16, E4M3)], ids=["bf16", "f16", "bf16-e4m3"]
+    "dtype, kv", [(BF16, BF16), (F16, F16), (F32, F32), (BF16, E4M3)], ids=["bf16", "f16", "f32", "bf16-e4m3"]
 )
 
 
@@ -258,12 +258,18 @@ def test_a_query_sees_nothing_beyond_the_context():
 
 
 @pytest.mark.parametrize(
-    "H, KVH, D, kv, window",
-    [(4, 2, 64, BF16, None), (7, 1, 56, BF16, 50), (2, 2, 40, E4M3, None), (1, 1, 256, BF16, None)],
+    "dtype, kv, H, KVH, D, window",
+    [
+        (BF16, BF16, 4, 2, 64, None),
+        (F16, F16, 7, 1, 56, 50),
+        (BF16, E4M3, 2, 2, 40, None),
+        (BF16, BF16, 1, 1, 256, None),
+        (F32, F32, 4, 2, 24, 50),
+    ],
 )
-def test_checked(H, KVH, D, kv, window):
+def test_checked(dtype, kv, H, KVH, D, window):
     """Schedules and poisons change nothing, and the checker has nothing to say."""
-    scene = Scene(H, KVH, D, (150, 330), kv=kv)
+    scene = Scene(H, KVH, D, (150, 330), dtype, kv)
     spans = (0, 120, 150), (1, 329, 330)
     plain = scene.attend(*spans, window=window, deterministic=True)
     for schedule, poison in zip(SCHEDULES, (0xFF, 0, 0x7F, 0x3C), strict=True):
@@ -329,8 +335,8 @@ def test_padded_batches():
         ((6, 4, 64), "6 query heads"),
         ((4, 4, 20), "multiple of 8"),
         ((4, 4, 264), "up to 256"),
-        ((4, 4, 64, "f32"), "not f32"),
-        ((4, 4, 64, "f16", True), "E4M3 cache, not f16"),
+        ((4, 4, 64, "f64"), "not f64"),
+        ((4, 4, 64, "f16", True), "f16 with an E4M3 cache"),
     ],
 )
 def test_shapes_no_kernel_takes(arguments, message):

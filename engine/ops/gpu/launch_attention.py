@@ -4,7 +4,7 @@ A step is planned once, from the batch (`plan_attention`), and launched in every
 query head) pair of one KV head's group, as in cuda/attention_tile.cuh. Sequences with few new rows are split along
 their context over many blocks (attention_decode); the others go through attention_prefill, 128 rows to a block. That
 choice follows from the sequence alone, so batch-mates never change a result; with `deterministic` the two kernels give
-a row the same bits.
+a row the same bits. fp32 models have one kernel for all their rows, attention_f32, always deterministic and never fast.
 
 Nothing here allocates or launches: arrays, NumPy's or a device's, are the caller's, and `Launch` says what to run.
 """
@@ -24,7 +24,7 @@ from engine.errors import InvalidArgument
 I32 = NDArray[np.int32]
 Dim3 = tuple[int, int, int]
 
-DECODE, PREFILL = "attention_decode.cu", "attention_prefill.cu"
+DECODE, PREFILL, FP32 = "attention_decode.cu", "attention_prefill.cu", "attention_f32.cu"
 TILE_TOKENS = 64
 DECODE_ROWS = 16  # of an item: one MMA tile
 FUSED_SPLITS = 24  # up to so many splits the decode kernel joins them itself
@@ -53,7 +53,7 @@ class AttentionShape:
     H: int
     KVH: int
     D: int
-    dtype: Literal["bf16", "f16"] = "bf16"  # of q, out, and K and V unless these are E4M3
+    dtype: Literal["bf16", "f16", "f32"] = "bf16"  # of q, out, and K and V unless these are E4M3
     kv_e4m3: bool = False
 
     def __post_init__(self) -> None:
@@ -61,10 +61,10 @@ class AttentionShape:
             raise InvalidArgument(f"{self.H} query heads are not a multiple of {self.KVH} KV heads")
         if not 8 <= self.D <= _PADDED[-1] or self.D % 8:
             raise InvalidArgument(f"head_dim must be a multiple of 8 up to {_PADDED[-1]}, not {self.D}")
-        if self.dtype not in ("bf16", "f16") or (self.kv_e4m3 and self.dtype != "bf16"):
-            cache = "E4M3" if self.kv_e4m3 else self.dtype
+        if self.dtype not in ("bf16", "f16", "f32") or (self.kv_e4m3 and self.dtype != "bf16"):
+            cache = "an E4M3 cache" if self.kv_e4m3 else "its own cache"
             raise InvalidArgument(
-                f"attention on the GPU takes bf16 or f16, or bf16 with an E4M3 cache, not {self.dtype} with {cache}"
+                f"attention on the GPU takes bf16, f16, f32, or bf16 with an E4M3 cache, not {self.dtype} with {cache}"
             )
 
     @property
@@ -140,7 +140,7 @@ def plan_attention(batch: Batch, shape: AttentionShape, window: int | None = Non
     for s, context in enumerate(batch.context_lens.tolist()):
         first_token, stop = batch.query_start[s : s + 2].tolist()
         rows, position = (stop - first_token) * G, context - (stop - first_token)
-        few = _few_rows(rows, G, context)
+        few = shape.dtype != "f32" and _few_rows(rows, G, context)
         step = _whole_tokens(DECODE_ROWS if few else shape.prefill_rows, G)
         for row in range(0, rows, step):
             item = [s, first_token, position, row, min(step, rows - row), num_partials, 0, 0]
@@ -204,6 +204,7 @@ def launches(
 ) -> list[Launch]:
     """The launches that write out, in order.
 
+    Rows of q must begin at multiples of 4 bytes (fp32: 16), those of out at 8, the caches at 16.
     scale > 0: of the scores. window: tokens a row sees at most, its own included; the one the plan was made for.
     split_blocks: blocks that share the splits of an item and head; None: one for each split. It changes no bit.
     """
@@ -219,7 +220,11 @@ def launches(
     sizes = [np.int32(shape.H), np.int32(shape.KVH), np.int32(shape.D), np.float32(scale)]
     sizes += [np.int32(window or NO_WINDOW), arrays.k_scales, arrays.v_scales]
     tail = [arrays.out, _stride(arrays.out)]
-    if n := len(plan.prefill_items):
+    n = len(plan.prefill_items)
+    if shape.dtype == "f32":
+        args = [*head, arrays.prefill_items, *sizes[:5], *tail]  # no scales
+        return [Launch(FP32, "attention_f32", (shape.KVH, n, 1), (256, 1, 1), 0, args)] if n else []
+    if n:
         args = [*head, arrays.prefill_items, *sizes, np.int32(deterministic), *tail]
         block = (256 if shape.padded <= 128 else 128, 1, 1)
         grid = (shape.KVH, n, 1)
