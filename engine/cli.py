@@ -34,7 +34,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quant", default="auto", help="auto (as the checkpoint) | bf16 (as stored) | fp8 | w4a16 | nvfp4 | sharq | …"
     )
-    group.add_argument("--grade", help="weight scales: rtn | 4over6 | sweep (default: sweep)")
+    group.add_argument("--grade", help="weight codes and scales: rtn | 4over6 | sweep | gram (default: sweep)")
     group.add_argument("--quant-head", help="lm_head: bf16 (as stored) | fp8 | nvfp4 (default: as the checkpoint)")
     group.add_argument("--quant-fallback", help="bf16: layers that do not fit the method stay as stored")
     group.add_argument("--sharq-scale", default="token", help="token | tensor (the paper's; depends on the batch)")

@@ -37,6 +37,7 @@ from engine.layer_errors import LayerError, kind_and_depth, layer_errors, pooled
 from engine.models.quantization import read_quantization
 from engine.models.registry import read_config
 from engine.ops.backends import select_backend
+from engine.quant.grades import has_grade
 from engine.quant.registry import FP4_METHODS, QUANTISING, bits_per_weight, resolve
 from engine.runner import activation_dtype
 from engine.tokenizer import Tokenizer
@@ -156,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     layers.set_defaults(main=layers_main)
     for command in (compare, layers):
         command.add_argument("--methods", nargs="+", default=list(QUANTISING), help="default: all")
-        command.add_argument("--grades", nargs="+", default=["sweep"], help="rtn 4over6 sweep (default: sweep)")
+        command.add_argument("--grades", nargs="+", default=["sweep"], help="rtn 4over6 sweep gram (default: sweep)")
     for command in (perplexity, compare, layers):
         command.add_argument("--text", type=Path, help="UTF-8 file (default: the bundled model's held-out text)")
         command.add_argument("--wikitext", action="store_true", help="join lines as WikiText's rows are joined")
@@ -232,13 +233,13 @@ def compare_main(options: argparse.Namespace) -> None:
 
 
 def methods_and_grades(options: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
-    """Each method with the grades it has: fp8 has none, and 4over6 is defined for NVFP4 weights."""
+    """Each method with the grades its format has; fp8 has none."""
     for method in options.methods:
         rule = FP4_METHODS.get(method)
         if rule is None:
             yield method, None
             continue
-        yield from ((method, grade) for grade in options.grades if grade != "4over6" or rule.format == "nvfp4")
+        yield from ((method, grade) for grade in options.grades if has_grade(rule.format, grade))
 
 
 def _row(row: Measured, rows: Sequence[Measured]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from engine.models.quantization import MODELOPT_FILE, read_quantization
 from engine.models.registry import read_config
 from engine.ops.backends import select_backend
 from engine.progress import progress_bar
+from engine.quant.grades import GRADES
 from engine.quant.recipe import Recipe
 from engine.quant.registry import HEADS, QUANTISING
 from engine.quant.scheme import HEAD
@@ -94,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="'demo', directory, repo id or alias")
     parser.add_argument("out", type=Path, help="directory to make")
     parser.add_argument("--quant", required=True, help=" | ".join(QUANTISING))
-    parser.add_argument("--grade", help="how scales are chosen: rtn | 4over6 | sweep (default: sweep; fp8: rtn)")
+    parser.add_argument("--grade", help=f"codes and scales: {' | '.join(GRADES)} (default: sweep; fp8: rtn)")
     parser.add_argument("--format", default="native", help=f"{' | '.join(export.LAYOUTS)} (default: %(default)s)")
     parser.add_argument("--quant-head", default="bf16", help=f"{' | '.join(HEADS)} (default: %(default)s, as stored)")
     parser.add_argument("--quant-fallback", help="bf16: layers that do not fit the method stay as stored")

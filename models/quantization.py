@@ -24,6 +24,7 @@ from engine.errors import ConfigError
 from engine.json_file import brief, read_json
 from engine.models.compressed_tensors import read_compressed_tensors
 from engine.models.fields import Fields
+from engine.quant.grades import GRADES
 from engine.quant.scheme import HEAD, Pattern, QuantScheme, Rule, Storage, WeightFormat
 
 MODELOPT_FILE = "hf_quant_config.json"
@@ -87,7 +88,7 @@ def _read_sharq(fields: Fields) -> QuantScheme:
     group = 0 if format == "fp8" else fields.integer("group_size", 16, 64)
     if (1, group) not in _NATIVE_TILES[format]:
         fields.refuse("group_size", f"not one of {format}'s, {' and '.join(str(t[1]) for t in _NATIVE_TILES[format])}")
-    grade = fields.choice("grade", ("rtn", "4over6", "sweep"))
+    grade = fields.choice("grade", GRADES)
     head = _HEADS[fields.choice("head", tuple(_HEADS), "bf16")]
     ignore = [Pattern(name, "name") for name in fields.strings("ignore") or ()]
     rules = [Rule(_LINEAR, Storage(format, "modelopt", (1, group)))]  # type: ignore[arg-type]  # checked by choice

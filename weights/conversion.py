@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from engine.errors import InvalidArgument, NumericalError, WeightsError
 from engine.ops.contract import Ops
-from engine.quant.recipe import Kind, Recipe
+from engine.quant.recipe import Kind, Recipe, sharing_input
 from engine.quant.scheme import Storage
 from engine.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from engine.weights.export import Layout, parts_in_file, storage_of, tensors_of
@@ -254,7 +254,9 @@ def _made(item: Item, plan: Plan, ops: Ops) -> dict[str, NDArray[Any]]:
     if item.kind is None or item.storage is None:
         return {item.name: array}
     try:
-        weight = plan.recipe.quantize(array, item.kind, ops)
+        modules = sharing_input(item.source.removesuffix(".weight"))
+        beside = [plan.source.tensor(f"{module}.weight") for module in modules]
+        weight = plan.recipe.quantize(array, item.kind, ops, beside)
     except NumericalError as problem:
         raise NumericalError(f"{plan.source.entry(item.source).file}: tensor {item.source!r}: {problem}") from problem
     plan.source.release(item.source)

@@ -1,6 +1,6 @@
 """The block formats as users of arrays see them: NVFP4, MXFP4 and HiF4 in a single path, NumPy in and out.
 
-`prepare` quantises activations, `quantize_weight` weights (in a grade, see `engine.ops.fp4.grades`), `matmul`
+`prepare` quantises activations, `quantize_weight` weights (in a grade, see `engine.quant.grades`), `matmul`
 multiplies them, `dequantize` shows what the codes are worth. Arguments are checked here and nowhere below. SharQ's two
 paths are in `sharq`, with the same verbs; how a model's layers use either is not this module's business.
 """
@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from engine.errors import InvalidArgument, NumericalError
 from engine.fp4_types import BLOCKS, Format, Fp4Matrix, SharqOperand
-from engine.ops.fp4 import grades, product
+from engine.ops.fp4 import product
 from engine.ops.fp4.blocks import block_format, quantize
 from engine.ops.fp4.elements import pack
 from engine.ops.fp4.split import ScaleRule, scaled_rows
+from engine.ops.reference import ReferenceOps
+from engine.quant.grades import quantize_shard
 
 F32 = NDArray[np.float32]
 Array = NDArray[Any]
@@ -40,9 +42,7 @@ def prepare(x: Array, *, format: Format = "nvfp4", scale: ScaleRule = "token") -
     return Fp4Matrix(format, pack(codes), scales, g)
 
 
-def quantize_weight(
-    w: Array, *, format: Format = "nvfp4", block: int | None = None, grade: grades.Grade = "rtn"
-) -> Fp4Matrix:
+def quantize_weight(w: Array, *, format: Format = "nvfp4", block: int | None = None, grade: str = "rtn") -> Fp4Matrix:
     """One shard w [N, K], float32, bfloat16 or float16, with a global scale of its own (NVFP4; else 1).
 
     block: k per scale; NVFP4 has 16 (the default) and 32. Raises as `prepare` does.
@@ -54,7 +54,7 @@ def quantize_weight(
     check_array("w", w, WEIGHTS, multiple=block)
     if w.shape[0] == 0:
         raise InvalidArgument(f"w must have at least one row, not shape {w.shape}")
-    return grades.quantize(w, fmt=block_format(format, block), grade=grade)
+    return quantize_shard(ReferenceOps(), w, format=format, block=block, grade=grade, beside=[w])
 
 
 def matmul(a: Fp4Matrix, w: Fp4Matrix) -> F32:

@@ -24,7 +24,7 @@ from engine.ops.contract import Array, Ops
 from engine.ops.fp4.split import ScaleRule, paths
 from engine.quant import fp4
 from engine.quant.as_stored import AsStored
-from engine.quant.grades import Grade
+from engine.quant.grades import quantize_shard
 from engine.quant.groups import per_16
 from engine.quant.method import Weight
 
@@ -47,19 +47,20 @@ class Fp4Linear:
     def __init__(self, name: str, rule: Fp4Rule, quant: QuantConfig, ops: Ops) -> None:
         self.name = name
         self._rule = rule
-        self._grade = cast(Grade, quant.grade)  # names are checked by the registry
+        self._grade = cast(str, quant.grade)  # checked by the registry
         self._scale = cast(ScaleRule, quant.scale)
         self._ops = ops
 
     def pack(self, shards: Sequence[Weight]) -> Any:
-        return self._ops.pack_fp4(_alike([self._quantized(shard) for shard in shards]))
+        plain = [shard for shard in shards if isinstance(shard, np.ndarray)]  # all of them or none
+        return self._ops.pack_fp4(_alike([self._quantized(shard, plain) for shard in shards]))
 
-    def _quantized(self, shard: Weight) -> Fp4Matrix:
+    def _quantized(self, shard: Weight, beside: Sequence[Array]) -> Fp4Matrix:
         if isinstance(shard, Fp4Matrix):
             return shard
         assert isinstance(shard, np.ndarray), "FP8 shards have methods of their own"
-        rule = self._rule
-        return self._ops.quantize_weight(shard, format=rule.format, block=rule.block, grade=self._grade)
+        rule, grade = self._rule, self._grade
+        return quantize_shard(self._ops, shard, format=rule.format, block=rule.block, grade=grade, beside=beside)
 
     def prepare(self, x: Array) -> Any:
         return self._prepare(x)

@@ -1,7 +1,47 @@
-"""Weight grades under the name that the floors above know; what they compute is in `engine.ops.fp4.grades`."""
+"""Weight grades by name: how codes and block scales are chosen, without calibration data. A file records its grade.
+
+rtn, 4over6 and sweep choose block scales, each shard for itself and to the last bit: `engine.ops.fp4.grades`. gram
+makes up for errors along K as well, over the shards that share an input: `engine.quant.gram`.
+"""
 
 from __future__ import annotations
 
-from engine.ops.fp4.grades import Grade, check_grade
+from collections.abc import Sequence
+from typing import cast
 
-__all__ = ["Grade", "check_grade"]
+from engine.errors import InvalidArgument
+from engine.fp4_types import Format, Fp4Matrix
+from engine.ops.contract import Array, Ops
+from engine.ops.fp4 import grades
+from engine.ops.fp4.blocks import BlockFormat, block_format
+from engine.quant import gram
+
+GRADES = ("rtn", "4over6", "sweep", "gram")
+_FORMATS = {"4over6": ("nvfp4",), "gram": ("nvfp4", "mxfp4")}  # of grades that not all formats have
+
+
+def check_grade(grade: str, fmt: BlockFormat) -> None:
+    """Raise InvalidArgument for a name that is unknown or a grade the format does not have."""
+    if grade not in GRADES:
+        raise InvalidArgument(f"unknown weight grade {grade!r}; known: {', '.join(GRADES)}")
+    if not has_grade(fmt.name, grade):
+        able = [known for known in GRADES if has_grade(fmt.name, known)]
+        raise InvalidArgument(
+            f"the weight grade {grade} is defined for {' and '.join(_FORMATS[grade])}, not for {fmt.name}; "
+            f"choose one of {', '.join(able)}"
+        )
+
+
+def has_grade(format: str, grade: str) -> bool:
+    return format in _FORMATS.get(grade, (format,))
+
+
+def quantize_shard(ops: Ops, w: Array, *, format: Format, block: int, grade: str, beside: Sequence[Array]) -> Fp4Matrix:
+    """One shard w [N, K] of those that share its input: `beside`, w among them. Raises as `Ops.quantize_weight`."""
+    fmt = block_format(format, block)
+    check_grade(grade, fmt)
+    if grade != "gram":
+        return ops.quantize_weight(w, format=format, block=block, grade=cast(grades.Grade, grade))
+    if not gram.can_guess(beside):
+        return ops.quantize_weight(w, format=format, block=block, grade="sweep")
+    return gram.quantize(w, gram.covariance(beside), fmt)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from numpy.typing import NDArray
 
 from engine.config import QuantConfig
 from engine.errors import InvalidArgument
 from engine.fp4_types import Fp4Matrix
 from engine.fp8_types import Fp8Matrix
-from engine.ops.contract import Ops
+from engine.ops.contract import Array, Ops
 from engine.quant import fp8
+from engine.quant.grades import quantize_shard
 from engine.quant.registry import FP4_METHODS, QUANTISING, resolve
 from engine.quant.scheme import HEAD, WeightFormat
+
+_SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def sharing_input(module: str) -> tuple[str, ...]:
+    """The linear layers of a decoder that read what this one reads, itself among them."""
+    parent, _, part = module.rpartition(".")
+    parts = next((group for group in _SHARED if part in group), (part,))
+    return tuple(f"{parent}.{name}" if parent else name for name in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +84,9 @@ class Recipe:
             )
         return {module: kind for module, kind in kinds.items() if module not in unfit}
 
-    def quantize(self, w: NDArray[Any], kind: Kind, ops: Ops) -> Fp4Matrix | Fp8Matrix:
-        """One shard w [N, K], with the backend that is there. Raises NumericalError (NaN, infinity)."""
+    def quantize(self, w: Array, kind: Kind, ops: Ops, beside: Sequence[Array]) -> Fp4Matrix | Fp8Matrix:
+        """One shard w [N, K] of those that share its input: `beside`, w among them. Raises NumericalError."""
         if kind.format == "fp8":
             return fp8.quantize_weight(w)
-        grade: Any = self.grade  # checked above
-        return ops.quantize_weight(w, format=kind.format, block=kind.block, grade=grade)
+        assert self.grade is not None  # set above
+        return quantize_shard(ops, w, format=kind.format, block=kind.block, grade=self.grade, beside=beside)

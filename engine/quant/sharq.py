@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from engine.errors import InvalidArgument
 from engine.fp4_types import W32, Format, Fp4Matrix, SharqOperand
 from engine.ops.fp4 import product
-from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule, paths, split
 from engine.ops.reference import ReferenceOps
 from engine.quant import fp4
@@ -93,10 +92,10 @@ def prepare_silu_mul(
     return prepare(product_of_both, format=format, sparse=sparse, scale=scale)
 
 
-def quantize_weight(w: Array, *, grade: Grade = "rtn", format: Format = "nvfp4") -> W32:
+def quantize_weight(w: Array, *, grade: str = "rtn", format: Format = "nvfp4") -> W32:
     """One shard w [N, K], float32, bfloat16 or float16, K a multiple of 32 (hif4: 64); g is constant over its rows.
 
-    grade: how scales are chosen, see `engine.ops.fp4.grades`. Raises as `prepare` does.
+    grade: how scales are chosen, see `engine.quant.grades`. Raises as `prepare` does.
     """
     return fp4.quantize_weight(w, format=format, block=_BLOCK[fp4.check_format(format)], grade=grade)
 

@@ -1,4 +1,4 @@
-"""How the block scales of a weight are chosen, without calibration data. A file records its grade.
+"""How the block scales of a weight are chosen, each shard for itself, without calibration data.
 
     rtn      the format's own rule: the largest magnitude of the block lands on the largest element
     4over6   NVFP4 only: amax/6 or amax/4 per block, whichever has the smaller error; amax/6 wins ties.
@@ -12,7 +12,8 @@ Squared error on random weights relative to `rtn` with blocks of 32 (normal; Stu
     blocks of 16   rtn .87; .78   4over6 .73; .70   sweep .64; .63
 
 MXFP4's sweep wins 5 % of its own error, HiF4's 10 %. A wider range than .65 … 1.6 and other global scales changed
-nothing beyond the third digit: that is what plain squared error has to give, the next step needs calibration data.
+nothing beyond the third digit: that is what plain squared error has to give, the next step is to know which errors
+matter (`engine.quant.gram`, from the weights alone).
 
 To the last bit, for x = bf16(fp32(w / g)) in blocks: a candidate is the rule on fp32(amax · f); its error is the sum
 over the block of fp32(e · e), e = fp32(x − value), added in fp32 by halves (k with k + block/2, then quarters, …); no
@@ -53,11 +54,8 @@ def quantize(w: NDArray[Any], *, fmt: BlockFormat, grade: Grade) -> Fp4Matrix:
     """
     check_grade(grade, fmt)
     N, K = w.shape
-    rows = max(1, _CHUNK // K)
-    chunks = [slice(start, start + rows) for start in range(0, N, rows)]
-    amax = max(_largest(w[chunk]) for chunk in chunks)
-    g = np.full(N, _global_scale(amax, fmt, grade), np.float32)
-    parts = [_quantize_rows(_f32(w[chunk]) / g[chunk, None], fmt, grade) for chunk in chunks]
+    g = global_scale(w, fmt, grade)
+    parts = [_quantize_rows(_f32(w[chunk]) / g[chunk, None], fmt, grade) for chunk in _chunks(N, K)]
     payload, scale = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Fp4Matrix(fmt.name, payload, scale, g)
 
@@ -69,13 +67,20 @@ def check_grade(grade: str, fmt: BlockFormat) -> None:
         raise InvalidArgument(f"the weight grade 4over6 is defined for nvfp4, not for {fmt.name}; use rtn or sweep")
 
 
-def _global_scale(amax: np.float32, fmt: BlockFormat, grade: Grade) -> np.float32:
+def _chunks(N: int, K: int) -> list[slice]:
+    rows = max(1, _CHUNK // K)
+    return [slice(start, start + rows) for start in range(0, N, rows)]
+
+
+def global_scale(w: NDArray[Any], fmt: BlockFormat, grade: Grade) -> F32:
+    """g [N] of a shard w [N, K], the same in all rows. Raises NumericalError."""
+    amax = max(_largest(w[chunk]) for chunk in _chunks(*w.shape))
     if not fmt.has_global_scale:
         if not np.isfinite(round_bf16(np.array(amax))):
             raise NumericalError(f"the weight's largest magnitude, {amax:g}, is infinite in bfloat16")
-        return np.float32(1)
+        return np.ones(len(w), np.float32)
     largest = _FOUR_OVER_SIX_MAX if grade == "4over6" else NVFP4_MAX
-    return np.float32(max(amax / largest, G_MIN))
+    return np.full(len(w), max(amax / largest, G_MIN), np.float32)
 
 
 def _largest(w: NDArray[Any]) -> np.float32:
@@ -92,7 +97,7 @@ def _f32(w: NDArray[Any]) -> F32:
 def _quantize_rows(scaled: F32, fmt: BlockFormat, grade: Grade) -> tuple[U8, Scale]:
     """Packed codes [R, K/2] and scales [R, K/block] of w / g."""
     x = round_bf16(scaled).reshape(scaled.shape[0], scaled.shape[1] // fmt.block, fmt.block)
-    scale = _best_scale(x, fmt, candidates(np.abs(x).max(axis=-1), fmt, grade))
+    scale = best_scale(x, fmt, candidates(np.abs(x).max(axis=-1), fmt, grade))
     return pack(fmt.encode(x, scale).reshape(scaled.shape)), scale
 
 
@@ -109,7 +114,7 @@ def candidates(amax: F32, fmt: BlockFormat, grade: Grade) -> Iterator[U8]:
         yield encode_ue4m3(amax / np.float32(4))
 
 
-def _best_scale(x: F32, fmt: BlockFormat, candidates: Iterator[U8]) -> Scale:
+def best_scale(x: F32, fmt: BlockFormat, candidates: Iterator[U8]) -> Scale:
     """The stored scale with the smallest error for each block of x [R, blocks, block]; the first of equals."""
     best = fmt.complete(next(candidates), x)
     smallest: F32 | None = None  # not computed where there is nothing to compare with
