@@ -31,7 +31,9 @@ typedef unsigned long long uint64_t;
 #else
 #define PTX_SM90A 0
 #endif
-#if defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
+// NVRTC has no feature macro for sm_121a, only the target's number.
+#if defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL) || \
+    (defined(__CUDA_ARCH_SPECIFIC__) && __CUDA_ARCH_SPECIFIC__ == 1210)
 #define PTX_SM120A 1
 #else
 #define PTX_SM120A 0

@@ -1,7 +1,8 @@
 """Every kernel compiles with nvcc for every architecture, without spilling registers beyond what is stated here.
 
 The emulator shows that a kernel computes the right thing; only NVIDIA's compiler shows that it is CUDA, and what it
-costs. Reports are kept on disk by the hash of all that goes in, so only what changed is compiled again.
+costs. Reports are kept on disk by the hash of all that goes in, so only what changed is compiled again. Files that end
+in _sm120 are for that architecture and leave nothing for others.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def test_compiles_without_spills(source: Path, arch: str) -> None:
     text = report(source, arch)
     assert "warning" not in text, text
     kernels = list(KERNEL.finditer(text))
-    assert kernels, f"no kernel in ptxas's report:\n{text}"
+    exists = arch == "sm_120a" or not source.stem.endswith("_sm120")
+    assert bool(kernels) == exists, f"kernels in ptxas's report: {len(kernels)}\n{text}"
     for kernel in kernels:
         spilt = int(kernel["stores"]) + int(kernel["loads"])
         allowed = SPILLS.get(kernel["name"], 0)
