@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.core import Batch
 from engine.errors import InvalidArgument
+from engine.ops.gpu.launch import Launch
 
 I32 = NDArray[np.int32]
-Dim3 = tuple[int, int, int]
 
 DECODE, PREFILL, FP32 = "attention_decode.cu", "attention_prefill.cu", "attention_f32.cu"
 TILE_TOKENS = 64
@@ -33,17 +33,6 @@ _PADDED = (64, 96, 128, 256)  # head_dims the kernels exist for; others are padd
 # A chunk of up to so many rows after a long context: attention_prefill would walk it in one block per KV head.
 _FEW_ROWS, _LONG_CONTEXT = 128, 1024
 _ITEM = 8  # int32 per item: sequence, first_token, position, first_row, rows, first_partial, 0, 0
-
-
-class Launch(NamedTuple):
-    """One kernel launch: file in cuda/, entry point, shape, and arguments (arrays, None, NumPy scalars)."""
-
-    source: str
-    kernel: str
-    grid: Dim3
-    block: Dim3
-    shared: int  # bytes of dynamic shared memory
-    args: list[Any]
 
 
 @dataclass(frozen=True, slots=True)
