@@ -11,6 +11,8 @@ from tiny_models import write_model
 
 import engine.worker
 from engine import LLM, SamplingParams
+from engine.errors import DeviceError
+from engine.ops.gpu.emulator import EmulatedModule
 
 Rows = dict[tuple[tuple[int, ...], int], bytes]  # (prompt, answer position) -> the logits row sampled from
 
@@ -56,9 +58,11 @@ def _prompts() -> list[list[int]]:
     return [shared + tail for tail in tails] + [tails[1], tails[3][:17]]
 
 
-def _run(model: Path, prompts: Sequence[list[int]], *, together: bool, **settings) -> list[list[int]]:  # type: ignore[no-untyped-def]
-    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
-    with LLM(model, device="cpu", **settings) as llm:
+def _run(  # type: ignore[no-untyped-def]
+    model: Path, prompts: Sequence[list[int]], *, together: bool, device: str = "cpu", answer: int = ANSWER, **settings
+) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+    with LLM(model, device=device, **settings) as llm:
         if together:
             return [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
         return [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in prompts]
@@ -110,3 +114,36 @@ def test_prompt_logits_do_not_depend_on_chunks(model: Path) -> None:
         with LLM(model, device="cpu", max_num_batched_tokens=chunk) as llm:
             results.append(llm.logits(prompt))
     assert all(np.array_equal(results[0], other) for other in results[1:])
+
+
+# ---- the GPU's two guarantees, on the emulator -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def emulator() -> str:
+    try:
+        EmulatedModule.compile("embed.cu")
+    except DeviceError as error:
+        pytest.skip(f"kernels cannot be compiled for the emulator: {error}")
+    return "emulate"
+
+
+@pytest.mark.parametrize("quant", ["bf16", "fp8", "sharq"])
+def test_batch_mates_never_matter_on_a_gpu(tmp_path: Path, rows: Rows, emulator: str, quant: str) -> None:
+    path, prompts = write_model("qwen3_tied", tmp_path), [prompt[-25:] for prompt in _prompts()[1:4]]
+    options = {"device": emulator, "answer": 4, "quant": quant, "dtype": "bfloat16", "enable_prefix_caching": False}
+    alone = _run(path, prompts, together=False, **options)
+    assert _run(path, prompts, together=True, **options) == alone
+    assert _run(path, prompts[::-1], together=True, **options)[::-1] == alone
+
+
+@pytest.mark.parametrize("quant", ["bf16", "sharq"])
+def test_deterministic_on_a_gpu(tmp_path: Path, rows: Rows, emulator: str, quant: str) -> None:
+    """Alone, batched, in chunks of any size (a chunk of 1 is a decode step), and from the prefix cache."""
+    path, prompts = write_model("qwen3_tied", tmp_path), [prompt[:45] for prompt in _prompts()[1:4]]
+    options = {"device": emulator, "answer": 4, "quant": quant, "dtype": "bfloat16", "deterministic": True}
+    alone = _run(path, prompts, together=False, enable_prefix_caching=False, **options)
+    for chunk in (512, 11, 1):
+        assert _run(path, prompts, together=True, max_num_batched_tokens=chunk, **options) == alone, (
+            f"chunks of {chunk}"
+        )
