@@ -116,7 +116,7 @@ def test_prompt_logits_do_not_depend_on_chunks(model: Path) -> None:
     assert all(np.array_equal(results[0], other) for other in results[1:])
 
 
-# ---- the GPU's two guarantees, on the emulator -------------------------------------------------------------------------
+# ---- the GPU's two guarantees, on the emulator  ---------------------------------------------------------------------
 
 
 @pytest.fixture
