@@ -104,6 +104,11 @@ __device__ __forceinline__ u32 ue4m3_pair(bf16, u32 word, int j) {
     const u32 placed = __funnelshift_l(word, word, 4 - 8 * j) & 0x07f007f0u;  // 2^-120 of them
     return multiply_pair<bf16>(multiply_pair<bf16>(placed, power_pair<bf16>(120)), power_pair<bf16>(119));
 }
+// The lowest byte, E8M0, in both halves of bf16; E6M2 times 2^power.
+__device__ __forceinline__ u32 e8m0_pair(u32 byte) { return max((byte & 0xffu) << 7, 0x40u) * 0x00010001u; }
+__device__ __forceinline__ u32 e6m2_pair(u32 byte, int power) {
+    return (((byte & 0xffu) << 5) + ((127u - 48 + power) << 7)) * 0x00010001u;
+}
 // The low or the high half in both.
 __device__ __forceinline__ u32 splat(u32 pair, int half) { return __byte_perm(pair, 0, half ? 0x3232 : 0x1010); }
 // 2^(base + micro-exponents) for the eight k that are number `eight` of a HiF4 block: its first four k in the low half.
@@ -132,9 +137,11 @@ __device__ __forceinline__ u32 expand_elements(u32 kept, u32 metadata) {  // HiF
 //     kGroup        k whose sum of products is multiplied by scale(words, r) of the group that ends with word r; 128: none
 //     kScaleWords   32-bit words of scales a row and unit
 //     pairs<T>      the factors, the value times 2^-kPower<T> without the group's scale
+//     values<T>     the factors with their scale, the value times 2^-kValuePower<T>; where the scale's range allows, exact
 // As activations (exact in f16), eight codes whose block scale is `scale`:
 //     kInputScaled  whether an fp32 scale of the block remains to be multiplied in
 //     input_pairs   the factors, the value times 2^-kInputPower without that
+//     input_values  bf16 pairs, the value itself
 
 template <int block>
 struct Nvfp4Codes;
@@ -150,6 +157,13 @@ template <> struct Nvfp4Codes<32> {
     }
     static __device__ __forceinline__ float scale(const u32 (&words)[1], int r) { return ue4m3_value(words[0], r); }
 
+    template <class T> static constexpr int kValuePower = Bits<T>::kScaledPower;
+    template <class T>
+    static __device__ __forceinline__ void values(u32 word, const u32 (&words)[1], int r, int, u32 (&pairs)[4]) {
+        place_placed<Bits<T>::kE2m1>(word, pairs);
+        multiply_pairs<T>(pairs, splat(ue4m3_pair(T(), words[0], r & 1), r >> 1));
+    }
+
     using InputScale = u8;
     static constexpr bool kInputScaled = false;
     static constexpr int kInputPower = 14, kMetadataBits = 4;
@@ -159,6 +173,11 @@ template <> struct Nvfp4Codes<32> {
         multiply_pairs<f16>(pairs, splat(ue4m3_pair(f16(), scale, 0), 0));
     }
     static __device__ __forceinline__ float input_scale(u32) { return 1.0f; }
+    static __device__ __forceinline__ void input_values(u32 word, u32 scale, int, u32 (&pairs)[4]) {
+        place_nibbles<Bits<bf16>::kE2m1>(word, pairs);
+        multiply_pairs<bf16>(pairs, splat(ue4m3_pair(bf16(), scale, 0), 0));
+        multiply_pairs<bf16>(pairs, power_pair<bf16>(7));
+    }
 };
 
 // A lane's eight k of a word lie in one block of 16, but an instruction's 16 k do not, so the scale goes into the factors:
@@ -173,6 +192,11 @@ template <> struct Nvfp4Codes<16> : Nvfp4Codes<32> {
         multiply_pairs<T>(pairs, splat(ue4m3_pair(T(), words[r >> 1], q >> 1), r & 1));
     }
     static __device__ __forceinline__ float scale(const u32 (&)[2], int) { return 1.0f; }
+
+    template <class T>
+    static __device__ __forceinline__ void values(u32 word, const u32 (&words)[2], int r, int q, u32 (&values)[4]) {
+        pairs<T>(word, words, r, q, values);
+    }
 };
 
 struct Mxfp4Codes {
@@ -184,6 +208,19 @@ struct Mxfp4Codes {
         Nvfp4Codes<32>::pairs<T>(word, words, r, q, pairs);
     }
     static __device__ __forceinline__ float scale(const u32 (&words)[1], int r) { return e8m0_value(words[0], r); }
+
+    template <class T> static constexpr int kValuePower = 0;  // bf16 alone has the scales' range
+    template <class T>
+    static __device__ __forceinline__ void values(u32 word, const u32 (&words)[1], int r, int, u32 (&pairs)[4]) {
+        place_placed<Bits<T>::kE2m1>(word, pairs);
+        multiply_pairs<T>(pairs, power_pair<T>(126));
+        multiply_pairs<T>(pairs, e8m0_pair(words[0] >> 8 * r));
+    }
+    static __device__ __forceinline__ void input_values(u32 word, u32 scale, int, u32 (&pairs)[4]) {
+        place_nibbles<Bits<bf16>::kE2m1>(word, pairs);
+        multiply_pairs<bf16>(pairs, power_pair<bf16>(126));
+        multiply_pairs<bf16>(pairs, e8m0_pair(scale));
+    }
 
     using InputScale = u8;
     static constexpr bool kInputScaled = true;
@@ -209,6 +246,18 @@ struct Hif4Codes {
         multiply_pairs<T>(pairs, micro_exponent_pair<T>(words[r >> 1], 4 * (r & 1) + q, base));
     }
     static __device__ __forceinline__ float scale(const u32 (&words)[2], int r) { return e6m2_value(words[r >> 1]); }
+
+    template <class T> static constexpr int kValuePower = 0;  // bf16 alone has the scales' range
+    template <class T>
+    static __device__ __forceinline__ void values(u32 word, const u32 (&words)[2], int r, int q, u32 (&values)[4]) {
+        pairs<T>(word, words, r, q, values);
+        multiply_pairs<T>(values, e6m2_pair(words[r >> 1], kPower<T>));
+    }
+    static __device__ __forceinline__ void input_values(u32 word, u32 scale, int eight, u32 (&pairs)[4]) {
+        place_nibbles<Bits<bf16>::kS1p2>(word, pairs);
+        multiply_pairs<bf16>(pairs, micro_exponent_pair<bf16>(scale, eight, 125));
+        multiply_pairs<bf16>(pairs, e6m2_pair(scale, 2));
+    }
 
     using InputScale = u32;
     static constexpr bool kInputScaled = true;

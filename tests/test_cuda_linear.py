@@ -316,3 +316,126 @@ def test_bias_residual_and_one_rounding(kind, out_dtype):
     expected = ((y + bias) + residual.astype(np.float32)).astype(out_dtype)
     in_place = device().upload(residual)
     assert (run(x, weight, out_dtype=out_dtype, bias=bias, residual=in_place) == expected).all()
+
+
+# ---- many tokens -----------------------------------------------------------------------------------------------------
+
+
+def tile_16_bit(x, w, *, out_dtype=F32, bias=None, residual=None, dev=None, sms=1):
+    dev = dev or device()
+    out = dev.empty((len(x), len(w)), np.dtype(out_dtype))
+    plan = launch_linear.plan_tile(len(x), len(w), copied_weight=True, sms=sms)
+    dev.launch(launch_linear.tile(dev.upload(x), dev.upload(w), Output(out, bias, residual), plan))
+    return out
+
+
+def tile_w4a16(x, matrix, *, out_dtype=F32, bias=None, residual=None, dev=None, sms=1):
+    dev = dev or device()
+    weight = weight_layout.pack_fp4([matrix]).on(dev.upload)
+    out = dev.empty((len(x), matrix.rows), np.dtype(out_dtype))
+    plan = launch_linear.plan_tile(len(x), matrix.rows, copied_weight=False, sms=sms)
+    dev.launch(launch_linear.w4a16_tile(dev.upload(x), weight, Output(out, bias, residual), plan))
+    return out
+
+
+def tile_fp4(operand, matrix, *, kind=None, out_dtype=F32, bias=None, residual=None, dev=None, sms=1):
+    """kind: what of the operand; all of it unless given."""
+    dev = dev or device()
+    weight = weight_layout.pack_fp4([matrix]).on(dev.upload)
+    if kind is None:
+        kind = "one" if isinstance(operand, Fp4Matrix) else "sparse_and_dense" if operand.sparse else "two"
+    M = len(operand.g)
+    shapes = launch_linear.expanded_shapes(kind, M, operand.K)
+    expanded = launch_linear.Expanded(kind, operand.g, **{name: dev.empty(*shape) for name, shape in shapes.items()})
+    for launch in launch_linear.expand(device_operand(operand, dev), weight, expanded):
+        dev.launch(launch)
+    out = dev.empty((M, matrix.rows), np.dtype(out_dtype))
+    plan = launch_linear.plan_tile(M, matrix.rows, kind, copied_weight=False, sms=sms)
+    dev.launch(launch_linear.fp4_tile(expanded, weight, Output(out, bias, residual), plan))
+    return out
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_16_bit_tile(dtype, arch):
+    rng = np.random.default_rng(10)
+    for M, N, K in ((70, 130, 200), (3, 16, 8), (130, 40, 896)):
+        x, w = (rng.standard_normal(shape).astype(dtype) for shape in ((M, K), (N, K)))
+        # A tensor core truncates each sum of 8 or 16 products, up to 256 k in a row
+        y = tile_16_bit(x, w, dev=device(arch))
+        assert_close(y, x.astype(np.float64) @ w.astype(np.float64).T, 4e-6 if arch == "sm_80" else 2e-6)
+
+
+@each_format
+def test_w4a16_tile(format, block):
+    rng = np.random.default_rng(11)
+    for M, N, K in ((70, 130, 192), (3, 16, 64), (130, 40, 832)):
+        matrix = fp4_matrix(rng, N, K, format, block)
+        for dtype in (BF16, F16) if format == "nvfp4" else (BF16,):
+            x = rng.standard_normal((M, K)).astype(dtype)
+            assert_close(tile_w4a16(x, matrix), x.astype(np.float64) @ dequantized(matrix).T, 2e-6)
+
+
+@each_format
+@pytest.mark.parametrize("kind", ["sparse", "dense", "one path"])
+def test_fp4_tile(format, block, kind):
+    rng = np.random.default_rng(12)
+    for M, N, K in ((70, 130, 192), (3, 16, 64), (130, 40, 832)):
+        matrix = fp4_matrix(rng, N, K, format, block)
+        x = (rng.standard_normal((M, K)) * np.exp(rng.standard_normal((M, K)))).astype(BF16)
+        if kind == "one path":
+            operand = REFERENCE.prepare_fp4(x, format=format)
+        else:
+            operand = REFERENCE.prepare_sharq(x, format=format, sparse=kind == "sparse")
+        assert_close(tile_fp4(operand, matrix), exact(operand, matrix), 2e-6)
+
+
+@each_format
+def test_separate_sparse_and_dense_products_add_up(format, block):
+    """What the paper describes, two products over one weight, against the fused one and float64."""
+    rng = np.random.default_rng(13)
+    matrix = fp4_matrix(rng, 140, 320, format, block)
+    operand = REFERENCE.prepare_sharq(rng.standard_normal((20, 320)).astype(BF16), format=format)
+    sparse, dense = (tile_fp4(operand, matrix, kind=kind) for kind in ("sparse", "one"))
+    backbone, residual = paths(operand)
+    assert_close(sparse, exact(backbone, matrix), 2e-6)
+    assert_close(dense, exact(residual, matrix), 2e-6)
+    assert_close(sparse + dense, tile_fp4(operand, matrix).astype(np.float64), 2e-6)
+
+
+def tile_case(kind, M, N, K, rng):
+    x, weight, run = decode_case(kind, M, N, K, rng)
+    return x, weight, {run_16_bit: tile_16_bit, run_w4a16: tile_w4a16, run_fp4: tile_fp4}[run]
+
+
+TILE_KINDS = ["bf16", "w32 w4a16", "w32 sharq", "w16 sharq", "mxfp4 one", "hif4 sharq"]
+
+
+@pytest.mark.parametrize("kind", TILE_KINDS)
+def test_a_token_has_the_same_bits_in_every_tile(kind):
+    """Alone or with others, in blocks of 64 or 128 tokens, under any schedule."""
+    rng = np.random.default_rng(14)
+    x, weight, run = tile_case(kind, 150, 40, 320, rng)
+    together = run(x, weight)
+    assert (run(x, weight, sms=132) == together).all()  # blocks of 64
+    for rows in (slice(0, 1), slice(149, 150), slice(60, 133)):
+        assert (run(take(x, rows), weight) == together[rows]).all()
+    for schedule in SCHEDULES[1:]:
+        some = slice(2, 20)
+        assert (run(take(x, some), weight, dev=device(schedule=schedule)) == together[some]).all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "w32 sharq", "hif4 sharq"])
+def test_checked_tile(kind):
+    rng = np.random.default_rng(15)
+    x, weight, run = tile_case(kind, 20, 130, 320, rng)
+    assert (run(x, weight, dev=device(checked=True)) == run(x, weight)).all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "w32 sharq"])
+def test_bias_and_residual_of_a_tile(kind):
+    rng = np.random.default_rng(16)
+    x, weight, run = tile_case(kind, 3, 24, 320, rng)
+    bias, residual = rng.standard_normal(24).astype(np.float32), rng.standard_normal((3, 24)).astype(BF16)
+    expected = ((run(x, weight) + bias) + residual.astype(np.float32)).astype(BF16)
+    assert (run(x, weight, out_dtype=BF16, bias=bias, residual=device().upload(residual)) == expected).all()

@@ -7,14 +7,14 @@ that a plan chooses is for speed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
 from engine.errors import InvalidArgument
 from engine.ops.gpu.launch import Launch
-from engine.ops.gpu.launch_rows import row_stride, type_name
+from engine.ops.gpu.launch_rows import padded, row_stride, type_name
 from engine.ops.gpu.weight_layout import CODE_BYTES, FP4_UNIT_K, FP8_UNIT_K, TILE_ROWS, Fp4Units, Fp8Units, unit_bytes
 
 COLUMNS = 8  # of an mma
@@ -22,6 +22,7 @@ STAGES = 4  # kStages
 RESULT_PADDING = 8  # kResultPadding
 OUTPUT_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 H200_SMS = 132
+EXPAND_THREADS = 256
 
 
 def slice_k(K: int) -> int:
@@ -191,6 +192,147 @@ def decode(x: Any, w: Any, output: Output, workspace: Workspace, sms: int = H200
     plan = plan_16_bit_decode(N, K, len(x), sms=sms)
     args = [x, row_stride(x), w, *_decode_arguments(plan, output, workspace, K)]
     return _decode_launch("linear_bf16.cu", f"linear_decode_{type_name(x.dtype)}_t{plan.tiles}", plan, args)
+
+
+# ---- many tokens -----------------------------------------------------------------------------------------------------
+
+TILE_N = 128
+TILE_STAGES = 3  # kTileStages
+Kind = Literal["one", "two", "sparse_and_dense", "sparse"]
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """How cuda/linear_tile.cuh cuts M · N."""
+
+    warps_m: int  # of 64 tokens a block
+    grid: tuple[int, int, int]
+    shared: int
+
+
+def plan_tile(
+    M: int, N: int, kind: Kind = "one", *, copied_weight: bool, sms: int = H200_SMS, shared_limit: int = 227 * 1024
+) -> TilePlan:
+    """Blocks of 128 tokens where that leaves every SM one and shared memory suffices, else of 64.
+
+    copied_weight: 16-bit weights; packed ones are dequantised into two buffers. shared_limit: bytes a block may have.
+    """
+    bytes_of_token = {"one": 128, "two": 256, "sparse_and_dense": 192, "sparse": 64}[kind]
+    row_blocks = -(-N // TILE_N)
+    for warps_m in (2, 1):
+        tokens = 64 * warps_m
+        blocks = -(-M // tokens) * row_blocks
+        stage = tokens * bytes_of_token + (TILE_N * 128 if copied_weight else 0)
+        pipeline = TILE_STAGES * stage + (0 if copied_weight else 2 * TILE_N * 128)
+        shared = max(pipeline, 4 * tokens * (TILE_N + RESULT_PADDING))
+        if warps_m == 1 or (blocks >= sms and shared <= shared_limit):
+            return TilePlan(warps_m, (-(-M // tokens), row_blocks, 1), shared)
+    raise AssertionError("the loop ends at one warp")
+
+
+@dataclass(frozen=True, slots=True)
+class Expanded:
+    """Activations in FP4 as bf16 [M, padded K], in memory that `expand` fills; arrays as `expanded_shapes` says."""
+
+    kind: Kind
+    g: Any  # float32 [M]
+    first: Any
+    second: Any = None
+    metadata: Any = None
+
+
+def expanded_shapes(kind: Kind, M: int, K: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Field of `Expanded` -> shape and dtype in device memory."""
+    P, bf16, sparse = padded(K), np.dtype(ml_dtypes.bfloat16), kind.startswith("sparse")
+    shapes = {"first": ((M, P // 2 if sparse else P), bf16)}
+    if kind in ("two", "sparse_and_dense"):
+        shapes["second"] = ((M, P), bf16)
+    if sparse:
+        shapes["metadata"] = ((-(-M // 16), P // 64, 32), np.dtype(np.uint32))
+    return shapes
+
+
+def expand(operand: Any, weight: Fp4Units, to: Expanded) -> list[Launch]:
+    """Launches that fill `to` from an operand as `fp4_decode` takes it. kind "one": a single path, or the residual of a
+    SharQ operand; "sparse": its backbone."""
+    name, permuted = fp4_name(weight), to.kind.startswith("sparse") and weight.format != "hif4"
+    dense = f"{name}_{'permuted' if permuted else 'dense'}"
+    if not hasattr(operand, "residual"):
+        return [_expand_dense(dense, name, operand.payload, operand.scale, to.first)]
+    if to.kind == "one":
+        return [_expand_dense(dense, name, operand.residual, operand.residual_scale, to.first)]
+    if to.kind == "two":
+        first = _expand_dense(dense, name, operand.backbone, operand.backbone_scale, to.first)
+    else:
+        first = _expand_sparse(name, operand, to)
+    if to.kind == "sparse":
+        return [first]
+    return [first, _expand_dense(dense, name, operand.residual, operand.residual_scale, to.second)]
+
+
+def _expand_dense(kernel: str, name: str, codes: Any, scale: Any, out: Any) -> Launch:
+    M, K = out.shape
+    args = [codes, scale, np.int32(K // scale.shape[1]), out, np.int32(M), np.int32(K)]
+    grid = (-(-M * K // 8 // EXPAND_THREADS), 1, 1)
+    return Launch(f"linear_{name}_tile.cu", f"expand_{kernel}", grid, (EXPAND_THREADS, 1, 1), 0, args)
+
+
+def _expand_sparse(name: str, operand: Any, to: Expanded) -> Launch:
+    M, K = to.first.shape[0], 2 * to.first.shape[1]
+    block = np.int32(K // operand.backbone_scale.shape[1])
+    args = [
+        operand.backbone,
+        operand.meta,
+        operand.backbone_scale,
+        block,
+        to.first,
+        to.metadata,
+        np.int32(M),
+        np.int32(K),
+    ]
+    threads = max(M * K // 8, int(np.prod(to.metadata.shape)))
+    grid = (-(-threads // EXPAND_THREADS), 1, 1)
+    return Launch(f"linear_{name}_tile.cu", f"expand_{name}_sparse", grid, (EXPAND_THREADS, 1, 1), 0, args)
+
+
+def tile(x: Any, w: Any, output: Output, plan: TilePlan) -> Launch:
+    """x [M, K] and w [N, K] as `decode` takes them."""
+    (M, K), N = x.shape, len(w)
+    if K % 8 or x.dtype != w.dtype:
+        raise InvalidArgument(f"x and w must have one type and K a multiple of 8; got {x.dtype}, {w.dtype} and K = {K}")
+    args = [x, row_stride(x), w, *_tile_arguments(output, M, N, K)]
+    return _tile_launch("linear_bf16_tile.cu", f"linear_tile_{type_name(x.dtype)}", plan, args)
+
+
+def w4a16_tile(x: Any, weight: Fp4Units, output: Output, plan: TilePlan) -> Launch:
+    """x [M, K] bfloat16, or float16 where the weight is nvfp4. Raises InvalidArgument (f16 with other formats, whose
+    scales it does not have: `w4a16_decode` takes them, any number of tokens)."""
+    if x.dtype == np.float16 and weight.format != "nvfp4":
+        raise InvalidArgument(
+            f"float16 activations with {weight.format} weights have no tile product; use w4a16_decode"
+        )
+    kernel = f"linear_tile_{fp4_name(weight)}_one_{type_name(x.dtype)}"
+    args = [x, None, None, row_stride(x), weight.units, None, weight.g]
+    args += _tile_arguments(output, len(x), weight.N, weight.K)
+    return _tile_launch(f"linear_{fp4_name(weight)}_tile.cu", kernel, plan, args)
+
+
+def fp4_tile(operand: Expanded, weight: Fp4Units, output: Output, plan: TilePlan) -> Launch:
+    M, K = len(operand.g), padded(weight.K)
+    kernel = f"linear_tile_{fp4_name(weight)}_{operand.kind}_bf16"
+    args = [operand.first, operand.second, operand.metadata, np.int64(K), weight.units, operand.g, weight.g]
+    args += _tile_arguments(output, M, weight.N, K)
+    return _tile_launch(f"linear_{fp4_name(weight)}_tile.cu", kernel, plan, args)
+
+
+def _tile_arguments(output: Output, M: int, N: int, K: int) -> list[Any]:
+    out_type = np.int32(OUTPUT_TYPES[output.out.dtype])
+    shape = [np.int32(M), np.int32(N), np.int32(K), np.int32(slice_k(K))]
+    return [output.bias, output.residual, output.out, out_type, *shape]
+
+
+def _tile_launch(source: str, kernel: str, plan: TilePlan, args: list[Any]) -> Launch:
+    return Launch(source, f"{kernel}_m{plan.warps_m}", plan.grid, (128 * plan.warps_m, 1, 1), plan.shared, args)
 
 
 def _fp8_arguments(weight: Fp8Units) -> list[Any]:

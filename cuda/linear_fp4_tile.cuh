@@ -1,0 +1,203 @@
+// Products of FP4 weights for many tokens: linear_tile.cuh with weights dequantised, scales included, on their way from
+// packed units to shared memory. Formats: fp4_decode.cuh; layout: weight_layout.cuh.
+//
+//   w4a16               x [M, K] bf16, or f16 for nvfp4 (whose values f16 has too)
+//   one, two            activations in FP4 expanded to bf16, which is exact (expand_fp4.cuh), in one path or two
+//   sparse_and_dense    SharQ: the backbone on mma.sp at half the multiplications, so 1.5 passes' worth in one over the weight
+//   sparse              the backbone alone; with `one` for the residual what the paper describes, two products
+//
+//   out[t, n] = Σ paths Σ_k X[t, k] · W[n, k] · token_scale[t] · row_scale[n] + bias[n] + residual[t, n]
+//
+// Values are exact in bf16 (6 significant bits at most; MXFP4 and HiF4 within bf16's range), and so are the products.
+// Reference: ReferenceOps.fp4_linear, w4a16_linear; tolerance 2e-6 of max |Y|.
+#pragma once
+
+#include "fp4_decode.cuh"
+#include "linear_tile.cuh"
+
+// Eight values as neighbours in the order of k, or, where sparse products want it, of (0, 2, 4, 6, 1, 3, 5, 7).
+template <bool permuted>
+__device__ __forceinline__ uint4 in_order(const u32 (&pairs)[4]) {
+    const u32 a = pairs[permuted ? 2 : 1], b = pairs[permuted ? 1 : 2];  // pairs (k, k + 4): of 0 and a, of b and 3
+    const u32 low[2] = {__byte_perm(pairs[0], a, 0x5410), __byte_perm(pairs[0], a, 0x7632)};
+    const u32 high[2] = {__byte_perm(b, pairs[3], 0x5410), __byte_perm(b, pairs[3], 0x7632)};
+    return permuted ? make_uint4(low[0], low[1], high[0], high[1]) : make_uint4(low[0], high[0], low[1], high[1]);
+}
+
+template <class Codes, class T, bool permuted, int kWarps>
+struct Fp4Tile {
+    static constexpr bool kCopied = false;
+    static constexpr int kWords = Codes::kScaleWords, kUnitBytes = 2 * kHalfTileBytes + 4 * kTileRows * kWords;
+    const u8* units;
+    int N, units_along_k;
+
+    __device__ __forceinline__ void copy(u32, int, int) const {}
+    __device__ __forceinline__ int flush_k(int slice_k) const { return slice_k; }
+    __device__ __forceinline__ void add(TileSums& to, const TileSums& sums, int, int) const { add_sums(to, sums); }
+
+    // A warp's units of 16 rows: this 128 k and, on their way, the next.
+    struct Dequantiser {
+        static constexpr int kUnits = kTileN / kTileRows / kWarps;
+        struct Unit {
+            uint4 low, high;
+            u32 low_scale[kWords], high_scale[kWords];
+        };
+        const u8* from[kUnits];
+        int left;  // 128 k still to load
+        Unit now[kUnits], next[kUnits];
+
+        __device__ __forceinline__ Dequantiser(const Fp4Tile& weight, int first_n) : left(weight.units_along_k) {
+            const int tiles = ceil_div(weight.N, kTileRows);
+#pragma unroll
+            for (int i = 0; i < kUnits; ++i) {
+                const int tile = min(first_n / kTileRows + kUnits * warp_of_block() + i, tiles - 1);
+                from[i] = weight_unit(weight.units, tile, 0, weight.units_along_k, kUnitBytes);
+            }
+            load();
+        }
+
+        __device__ __forceinline__ void load() {
+            if (left-- <= 0) return;
+#pragma unroll
+            for (int i = 0; i < kUnits; ++i) {
+                const int lane = lane_of_warp(), g = lane >> 2;
+                next[i].low = __ldg(reinterpret_cast<const uint4*>(from[i]) + lane);
+                next[i].high = __ldg(reinterpret_cast<const uint4*>(from[i] + kHalfTileBytes) + lane);
+#pragma unroll
+                for (int w = 0; w < kWords; ++w) {
+                    const u32* words = reinterpret_cast<const u32*>(from[i] + 2 * kHalfTileBytes) + kTileRows * w + g;
+                    next[i].low_scale[w] = __ldg(words), next[i].high_scale[w] = __ldg(words + 8);
+                }
+                from[i] += kUnitBytes;
+            }
+        }
+
+        __device__ __forceinline__ void fill(u8* to, int step) {
+            if (step % 2 == 0) {
+#pragma unroll
+                for (int i = 0; i < kUnits; ++i) now[i] = next[i];
+                load();
+            }
+#pragma unroll
+            for (int i = 0; i < kUnits; ++i) {
+                const int row = kTileRows * (kUnits * warp_of_block() + i) + (lane_of_warp() >> 2);
+                if (step % 2 == 0) {
+                    store<0>(to, row, now[i].low.x, now[i].low.y, now[i].low_scale);
+                    store<0>(to, row + 8, now[i].high.x, now[i].high.y, now[i].high_scale);
+                } else {
+                    store<2>(to, row, now[i].low.z, now[i].low.w, now[i].low_scale);
+                    store<2>(to, row + 8, now[i].high.z, now[i].high.w, now[i].high_scale);
+                }
+            }
+        }
+
+    private:
+        // Words r and r + 1 of a row: k in [32 r, + 64) of 128.
+        template <int r>
+        static __device__ __forceinline__ void store(u8* to, int row, u32 first, u32 second, const u32 (&scale)[kWords]) {
+            const int q = lane_of_warp() & 3;
+            u32 pairs[4];
+            Codes::template values<T>(first, scale, r, q, pairs);
+            *reinterpret_cast<uint4*>(to + tile_place(row, q)) = in_order<permuted>(pairs);
+            Codes::template values<T>(second, scale, r + 1, q, pairs);
+            *reinterpret_cast<uint4*>(to + tile_place(row, 4 + q)) = in_order<permuted>(pairs);
+        }
+    };
+};
+
+// ---- activations in FP4 as bf16 ----------------------------------------------------------------------------------------
+// One path of an operand [M, K] (arrays as in SharqOperand and Fp4Matrix), K a multiple of 128, in the order `permuted`.
+// Grid: rows of eight k over blocks of any number of threads. Bytes: .56 in and 2 out a value.
+
+template <class Codes, bool permuted>
+__device__ __forceinline__ void expand_dense(const u8* codes, const void* scale, int block, bf16* out, int M, int K) {
+    const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= static_cast<i64>(M) * K / 8) return;
+    const int k = static_cast<int>(i * 8 % K);
+    const i64 t = i * 8 / K;
+    u32 pairs[4];
+    const u32 of_block = static_cast<const typename Codes::InputScale*>(scale)[t * (K / block) + k / block];
+    Codes::input_values(reinterpret_cast<const u32*>(codes)[i], of_block, k / 8 % 8, pairs);
+    reinterpret_cast<uint4*>(out)[i] = in_order<permuted>(pairs);
+}
+
+// The kept half of a sparse backbone, out [M, K / 2], each group of four k of the permuted order (or HiF4's own) giving
+// two; and its metadata words [ceil(M / 16), K / 64, 32], tokens there are not 0100.
+template <class Codes>
+__device__ __forceinline__ void expand_sparse(const u8* codes, const u8* metadata, const void* scale, int block, bf16* out,
+                                              u32* words, int M, int K) {
+    constexpr bool kPairs = Codes::kMetadataBits == 4;
+    const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;  // eight k of a row
+    if (i < static_cast<i64>(M) * K / 8) {
+        const int k = static_cast<int>(i * 8 % K);
+        const i64 t = i * 8 / K;
+        const u32 of_block = static_cast<const typename Codes::InputScale*>(scale)[t * (K / block) + k / block];
+        const u32 kept = reinterpret_cast<const unsigned short*>(codes)[i];
+        u32 pairs[4];  // of kept ones 0 and 2, 1 and 3
+        Codes::input_values((kept & 0xffu) | (kept & 0xff00u) << 8, of_block, k / 8 % 8, pairs);
+        reinterpret_cast<uint2*>(out)[i] =
+            kPairs ? make_uint2(pairs[0], pairs[1])
+                   : make_uint2(__byte_perm(pairs[0], pairs[1], 0x5410), __byte_perm(pairs[0], pairs[1], 0x7632));
+    }
+    const i64 word = i;  // the same threads, fewer of them: 32 for 16 rows × 64 k
+    if (word >= static_cast<i64>(ceil_div(M, 16)) * (K / 64) * 32) return;
+    const int lane = word & 31, q = lane & 3;
+    const i64 tile = word / 32 / (K / 64);
+    const int k = static_cast<int>(word / 32 % (K / 64)) * 64 + 16 * q;
+    u32 nibbles = 0;
+#pragma unroll
+    for (int high = 0; high < 2; ++high) {
+        const i64 t = tile * 16 + (lane >> 2) + 8 * high;
+        u32 own = 0x4444u;
+        if (t < M && kPairs) {  // a byte is two chunks of eight, each of which stands for two groups
+            const u32 two = metadata[(t * K + k) / 16];
+            own = (two & 15) * 0x11u | (two >> 4) * 0x1100u;
+        } else if (t < M) {
+            own = reinterpret_cast<const unsigned short*>(metadata)[(t * K + k) / 16];
+        }
+        nibbles |= own << 16 * high;
+    }
+    words[word] = nibbles;
+}
+
+// ---- entry points --------------------------------------------------------------------------------------------------------
+
+#define TILE_PARAMETERS                                                                                               \
+    const u8 *units, const float *token_scale, const float *row_scale, const float *bias, const void *residual,       \
+        void *out, int out_type, int M, int N, int K, int slice_k
+#define TILE_ARGUMENTS units, token_scale, row_scale, bias, residual, out, out_type, M, N, K, slice_k
+
+template <class Codes, class T, Paths paths, int kWarpsM>
+__device__ __forceinline__ void fp4_tile(const TileInput& input, TILE_PARAMETERS) {
+    constexpr bool kSparse = paths == Paths::sparse || paths == Paths::sparse_and_dense;
+    using Weight = Fp4Tile<Codes, T, kSparse && Codes::kMetadataBits == 4, 4 * kWarpsM>;
+    const Weight weight = {units, N, fp4_units_along_k(K)};
+    const Epilogue epilogue = {power_of_two(Codes::template kValuePower<T>), token_scale, row_scale, bias, residual, out,
+                               out_type, N};
+    tile_linear<T, paths, kWarpsM>(weight, input, epilogue, slice_k);
+}
+
+#define TILE_ENTRY(name, Codes, T, paths, warps_m)                                                                   \
+    extern "C" __global__ void __launch_bounds__(128 * warps_m)                                                      \
+        linear_tile_##name##_m##warps_m(const T* first, const T* second, const u32* metadata, i64 x_stride,          \
+                                        TILE_PARAMETERS) {                                                           \
+        fp4_tile<Codes, T, paths, warps_m>({first, second, metadata, x_stride, M, K}, TILE_ARGUMENTS);               \
+    }
+#define TILE_ENTRIES(name, Codes, T, paths)  \
+    TILE_ENTRY(name, Codes, T, paths, 1)     \
+    TILE_ENTRY(name, Codes, T, paths, 2)
+#define EXPAND_ENTRY(name, Codes, permuted)                                                                          \
+    extern "C" __global__ void expand_##name(const u8* codes, const void* scale, int block, bf16* out, int M, int K) { \
+        expand_dense<Codes, permuted>(codes, scale, block, out, M, K);                                               \
+    }
+#define FP4_TILE_ENTRIES(format, Codes)                                                                              \
+    TILE_ENTRIES(format##_one_bf16, Codes, bf16, Paths::one)                                                         \
+    TILE_ENTRIES(format##_two_bf16, Codes, bf16, Paths::two)                                                         \
+    TILE_ENTRIES(format##_sparse_and_dense_bf16, Codes, bf16, Paths::sparse_and_dense)                               \
+    TILE_ENTRIES(format##_sparse_bf16, Codes, bf16, Paths::sparse)                                                   \
+    EXPAND_ENTRY(format##_dense, Codes, false)                                                                       \
+    EXPAND_ENTRY(format##_permuted, Codes, Codes::kMetadataBits == 4)                                                \
+    extern "C" __global__ void expand_##format##_sparse(const u8* codes, const u8* metadata, const void* scale,      \
+                                                        int block, bf16* out, u32* words, int M, int K) {            \
+        expand_sparse<Codes>(codes, metadata, scale, block, out, words, M, K);                                       \
+    }
