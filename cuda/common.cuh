@@ -22,7 +22,7 @@ __device__ __forceinline__ int lane_of_warp() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_of_block() { return threadIdx.x >> 5; }
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// ---- elements --------------------------------------------------------------------------------------------------------
+// ---- elements -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
@@ -53,7 +53,7 @@ template <> struct Word<f16> {
     static __device__ __forceinline__ float high(u32 word) { return __high2float(reinterpret_cast<__half2&>(word)); }
 };
 
-// ---- vectors of eight ------------------------------------------------------------------------------------------------
+// ---- vectors of eight -----------------------------------------------------------------------------------------------
 // 16 bytes of a 16-bit type, 32 of float. `vectors` says that x, and every eighth element after it, is 16-byte aligned.
 
 __device__ __forceinline__ bool is_aligned(const void* pointer) {
@@ -88,7 +88,7 @@ __device__ __forceinline__ void store_vector<float>(float* x, const float (&v)[8
     reinterpret_cast<float4*>(x)[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
 
-// The first n of eight; what is missing is 0. n may be 8 or more. (n and `vectors` are often known when compiling.)
+// The first n of eight; what is missing is 0. n may be 8 or more.
 template <class T>
 __device__ __forceinline__ void load_eight(const T* x, int n, bool vectors, float (&v)[8]) {
     if (vectors && n >= 8) return load_vector(x, v);
@@ -103,7 +103,7 @@ __device__ __forceinline__ void store_eight(T* x, int n, bool vectors, const flo
         if (i < n) x[i] = from_float<T>(v[i]);
 }
 
-// ---- reductions ------------------------------------------------------------------------------------------------------
+// ---- reductions -----------------------------------------------------------------------------------------------------
 
 // The sum over groups of `width` neighbouring lanes (a power of two), neighbours first: lanes 2i and 2i + 1, then pairs
 // of those, …. Every lane of a group gets it. All lanes of the warp take part.
@@ -130,7 +130,7 @@ __device__ __forceinline__ u32 max_of_block(u32 x, u32* maxima) {
     return x;
 }
 
-// ---- arithmetic fixed by reference.py --------------------------------------------------------------------------------
+// ---- arithmetic fixed by reference.py -------------------------------------------------------------------------------
 
 constexpr int kPartials = 1024;  // reference.NUM_PARTIALS
 
@@ -144,8 +144,9 @@ __device__ __forceinline__ float inverse_root(float sum, int K, float eps) {
 }
 
 // reference.inverse_rms of x [K], for every thread of the block. Of the 1024 partial sums a thread takes eight
-// neighbours at a time, which are one vector in every 1024 elements; it adds those, the warps add the 128 sums of eight.
-// sums [kPartials / 8] is shared memory that nobody else uses meanwhile. whole_vectors: x is aligned and K a multiple of 8.
+// neighbours at a time, which are one vector in every 1024 elements; it adds those, the warps add the 128 sums of
+// eight. `sums` [kPartials / 8] is shared memory that nobody else uses meanwhile. whole_vectors: x is aligned and K a
+// multiple of 8.
 template <bool whole_vectors = false, class T>
 __device__ __forceinline__ float inverse_rms(const T* x, int K, float eps, float4* sums) {
     const bool vectors = whole_vectors || is_aligned(x);

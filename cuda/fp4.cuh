@@ -1,5 +1,5 @@
-// FP4 in registers: the bits of engine/ops/fp4 (elements, scales, blocks, split), on tiles of 16 k in a thread. The only
-// CUDA file that knows nibbles and scale bytes.
+// FP4 in registers: the bits of engine/ops/fp4 (elements, scales, blocks, split), on tiles of 16 k in a thread: how
+// numbers become nibbles and scale bytes.
 //
 //     bit    3    2    1    0        E2M1  s e1 e0 m    0 .5 1 1.5 2 3 4 6         S1P2  s i f1 f0    0 .25 … 1.75
 //     byte | code of k + 1 | code of k |                a word holds eight codes, k in bits 3:0
@@ -18,7 +18,7 @@
 
 constexpr int kTile = 16;  // k in a thread
 
-// ---- elements --------------------------------------------------------------------------------------------------------
+// ---- elements -------------------------------------------------------------------------------------------------------
 
 // Words of eight codes: the magnitudes' nibbles, and the signs of eight numbers in bit 3 of theirs. The numbers come in
 // pairs of halves: pair j holds k = j in its low half and k = j + 4 in its high one.
@@ -76,7 +76,7 @@ struct S1p2Scale {
     static constexpr float kWhole = 8388608.0f;  // adding it rounds to a whole number, which the low bits hold
 };
 
-// ---- the mask --------------------------------------------------------------------------------------------------------
+// ---- the mask -------------------------------------------------------------------------------------------------------
 
 // Which two of four scores are the largest, the lower number winning ties: both of the lower two, both of the higher
 // two, or the better one of each.
@@ -114,7 +114,8 @@ struct ElementMask {
 
     __device__ __forceinline__ bool keeps(int i) const { return chunks[i / 4].keeps(i % 4); }
     __device__ __forceinline__ u32 metadata() const {
-        return chunks[0].metadata() | chunks[1].metadata() << 4 | chunks[2].metadata() << 8 | chunks[3].metadata() << 12;
+        const u32 low = chunks[0].metadata() | chunks[1].metadata() << 4;
+        return low | chunks[2].metadata() << 8 | chunks[3].metadata() << 12;
     }
     __device__ __forceinline__ u32 compress(const u32 (&words)[2]) const {
         u32 kept = 0;
@@ -138,7 +139,7 @@ __device__ __forceinline__ ElementMask mask_elements(const float (&x)[kTile]) {
     return {{of(0), of(4), of(8), of(12)}};
 }
 
-// ---- scales ----------------------------------------------------------------------------------------------------------
+// ---- scales ---------------------------------------------------------------------------------------------------------
 
 template <int N>
 __device__ __forceinline__ float largest(const float (&x)[N]) {
@@ -162,8 +163,8 @@ __device__ __forceinline__ Ue4m3 round_ue4m3(float s) {
     return {steps + (power >> 20) - (121u << 3), __fadd_rn(aligned, -aligner)};
 }
 
-// A tile's scale: the stored scale of its block, the same in all the block's lanes, and what an element's unit is worth.
-// encode: sixteen codes, and the numbers they stand for in units, signed.
+// A tile's scale: the stored scale of its block, the same in all the block's lanes, and what an element's unit is
+// worth. encode: sixteen codes, and the numbers they stand for in units, signed.
 struct E2m1TileScale {
     E2m1Scale scale;
     u32 stored;

@@ -32,7 +32,7 @@ struct RowSource {
     __device__ __forceinline__ bool vectors(const void* from) const { return whole_vectors || is_aligned(from); }
 };
 
-// ---- tiles: sixteen neighbours as fp32, or as eight words of two bf16. n may be 16 or more, what is missing is 0. ----
+// ---- tiles: sixteen neighbours as fp32, or as eight words of two bf16. n may be 16 or more, what is missing is 0. ---
 
 template <class T>
 __device__ __forceinline__ void load_tile(const T* from, int n, bool vectors, float (&x)[kTile]) {
@@ -73,7 +73,7 @@ __device__ __forceinline__ __nv_bfloat162 magnitudes(u32 word) {
     return __habs2(reinterpret_cast<const __nv_bfloat162&>(word));
 }
 
-// ---- making a row ----------------------------------------------------------------------------------------------------
+// ---- making a row ---------------------------------------------------------------------------------------------------
 
 // Shared memory of a block beside the made row.
 struct RowScratch {
@@ -98,8 +98,8 @@ __device__ __forceinline__ void make_tile(const Source& from, int k, float inver
     pack_tile(x, words);
 }
 
-// Makes the block's row into `made` [K rounded up to 16] where it is fused (null: it is only looked at), and returns the
-// bits of its largest magnitude, for every thread; those of infinity and NaN are larger than any number's.
+// Makes the block's row into `made` [K rounded up to 16] where it is fused (null: it is only looked at), and returns
+// the bits of its largest magnitude, for every thread; those of infinity and NaN are larger than any number's.
 template <class Source>
 __device__ __forceinline__ u32 make_row(const Source& from, uint4* made, RowScratch& scratch) {
     const bool fused = from.fused(), vectors = from.vectors(from.row());
@@ -131,10 +131,10 @@ __device__ __forceinline__ u32 make_row(const Source& from, uint4* made, RowScra
     return max_of_block(max(most, max(word << 16, word & 0xffff0000u)), scratch.maxima);
 }
 
-// ---- dividing it -----------------------------------------------------------------------------------------------------
+// ---- dividing it ----------------------------------------------------------------------------------------------------
 
-// A row's divisor. The quotient of a bf16 number x by g is fma(fma(−q, g, x), 1/g, q) with q = x · (1/g): all 2^30 pairs
-// of mantissas agree with x / g, as long as nothing on the way is subnormal, which magnitudes from `least` on ensure.
+// A row's divisor. The quotient of a bf16 number x by g is fma(fma(−q, g, x), 1/g, q) with q = x · (1/g): all 2^30
+// pairs of mantissas agree with x / g, as long as nothing on the way is 0 or subnormal, which `least` ensures.
 struct Divisor {
     float g, inverse, least;
 
@@ -175,7 +175,7 @@ __device__ __forceinline__ void row_tile(const Source& from, const uint4* made, 
     }
 }
 
-// ---- rows of FP4 and FP8 ---------------------------------------------------------------------------------------------
+// ---- rows of FP4 and FP8 --------------------------------------------------------------------------------------------
 
 // Whether a row of this largest magnitude can be prepared, for every thread. If not, *invalid becomes 1 + the row (or
 // stays at a larger one), and the row is to be left unwritten.

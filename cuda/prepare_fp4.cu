@@ -40,8 +40,8 @@ __device__ __forceinline__ void prepare_fp4(const Source& from, const float* ten
 #define PARAMETERS(T)                                                                                                  \
     const T *x, i64 x_stride, const float *norm_weight, float eps, int silu, int K, const float *tensor_amax,          \
         void *payload, void *scale, float *g, int *invalid
-#define PREPARE(Format, T)                                                                                             \
-    prepare_fp4<Format>(RowSource<T, true>{x, x_stride, norm_weight, eps, silu, K}, tensor_amax, payload, scale, g, invalid)
+#define SOURCE(T) (RowSource<T, true>{x, x_stride, norm_weight, eps, silu, K})
+#define PREPARE(Format, T) prepare_fp4<Format>(SOURCE(T), tensor_amax, payload, scale, g, invalid)
 #define KERNEL extern "C" __global__ void __launch_bounds__(512)
 
 KERNEL prepare_fp4_nvfp4_bf16(PARAMETERS(bf16)) { PREPARE(Nvfp4, bf16); }

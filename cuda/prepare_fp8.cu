@@ -1,4 +1,5 @@
-// prepare_fp8: rows of activations into E4M3 with a scale per row, of x, of bf16(rms_norm(x)) or of bf16(silu(gate) · up).
+// prepare_fp8: rows of activations into E4M3 with a scale per row, of x, of bf16(rms_norm(x)) or of
+// bf16(silu(gate) · up).
 //
 //     scale = max(amax |x| / 448, 1e-9)      code = e4m3(x / scale), nearest, ties to even; the sign is x's
 //
@@ -31,8 +32,9 @@ __device__ __forceinline__ void prepare_fp8(const Source& from, uint4* codes, fl
         u32 words[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float* four = x + 4 * i;
-            words[i] = e4m3_code(four[0]) | e4m3_code(four[1]) << 8 | e4m3_code(four[2]) << 16 | e4m3_code(four[3]) << 24;
+            words[i] = 0;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) words[i] |= e4m3_code(x[4 * i + j]) << 8 * j;
         }
         codes[tile] = make_uint4(words[0], words[1], words[2], words[3]);
     }

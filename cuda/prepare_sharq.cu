@@ -1,5 +1,5 @@
-// prepare_sharq: rows of activations into SharQ operands: a sparse or dense FP4 backbone, and the FP4 residual against it,
-// of x, of bf16(rms_norm(x)) or of bf16(silu(gate) · up). engine/ops/fp4/split.py says what each number is.
+// prepare_sharq: rows of activations into SharQ operands: a sparse or dense FP4 backbone and the FP4 residual against
+// it, of x, of bf16(rms_norm(x)) or of bf16(silu(gate) · up). engine/ops/fp4/split.py says what each number is.
 //
 //   in    x [T, K] bf16, f16 or f32 (silu: gate | up [T, 2K]), rows x_stride elements apart; norm_weight [K] float32 or
 //         null; K a multiple of 32 (hif4: 64), at most 32768; x, norm_weight and every row begin at 16 bytes;

@@ -1,5 +1,5 @@
-// rope_and_cache: per head RMSNorm over D where a norm is given, then rotation by the token's position, in fp32, rounded
-// once; q goes to out, k and v to the cache (kv_cache.cuh).
+// rope_and_cache: per head RMSNorm over D where a norm is given, then rotation by the token's position, in fp32,
+// rounded once; q goes to out, k and v to the cache (kv_cache.cuh).
 //
 //   qkv [T, (H + 2·KVH)·D] = q | k | v, rows qkv_stride elements apart;  out [T, H·D], rows out_stride apart
 //   rope_table [P, D] float32 = cos [D/2] | sin [D/2];  positions, slot_mapping [T] int32
@@ -8,8 +8,8 @@
 //
 // D is a multiple of 8, at most 256. A group of G lanes, the power of two from D/8 on, owns a head of a token; lane j
 // holds elements 4j … 4j + 3 of both halves, so that rotating needs no other lane. Grid: (T, ceil((H + 2·KVH)·G /
-// threads)), blocks of a multiple of 32 threads, 128 for speed. No shared memory. Moves 4·(H + 2·KVH)·D bytes a token in
-// 16-bit types. Reference: ReferenceOps.rope_and_cache, bit for bit.
+// threads)), blocks of a multiple of 32 threads, 128 for speed. No shared memory. Moves 4·(H + 2·KVH)·D bytes a token
+// in 16-bit types. Reference: ReferenceOps.rope_and_cache, bit for bit.
 #include "kv_cache.cuh"
 
 struct Four {
@@ -59,7 +59,8 @@ __device__ __forceinline__ float sum_of_squares(const Four& x) {
 
 // reference.inverse_rms of a head: its tree over neighbours, of which the lanes hold sums of four. Four number q is low
 // half's of lane q, or high half's of lane q − D/8; lane l takes numbers 2l and 2l + 1 to begin the tree with.
-__device__ __forceinline__ float inverse_rms_of_head(const Four& low, const Four& high, int j, int G, int D, float eps) {
+__device__ __forceinline__ float inverse_rms_of_head(const Four& low, const Four& high, int j, int G, int D,
+                                                     float eps) {
     const int fours = D / 4, lanes = D / 8;
     const float sum_low = sum_of_squares(low), sum_high = sum_of_squares(high);
     float neighbours[2];

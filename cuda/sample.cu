@@ -1,9 +1,9 @@
 // sample: from rows of logits to the next tokens, as engine/sampler.py defines it (its steps are numbered there).
 //
-//     row_maxima      grid (chunks, S): the largest logit of every row and its lowest id                   steps 1, 5
-//     adjust_logits   grid S: masks, bias and penalties, in place, of the few tokens concerned             steps 2 to 4
-//     token_weights   grid (chunks, S): exp(−(max x − x) / temperature) in float64                         step 6
-//     sample_rows     grid S: top-k, min-p, top-p, the draw; greedy rows take the maximum                  steps 5, 7 to 10
+//     row_maxima      grid (chunks, S): the largest logit of every row and its lowest id            steps 1, 5
+//     adjust_logits   grid S: masks, bias and penalties, in place, of the few tokens concerned      steps 2 to 4
+//     token_weights   grid (chunks, S): exp(−(max x − x) / temperature) in float64                  step 6
+//     sample_rows     grid S: top-k, min-p, top-p, the draw; greedy rows take the maximum           steps 5, 7 to 10
 //
 // A step launches row_maxima, then adjust_logits and row_maxima again (into other keys) if any row asks for it, then
 // the last two, or sample_rows alone if all rows are greedy. V below 2^31; blocks of any multiple of 32 threads.
@@ -11,10 +11,10 @@
 //   logits [S, V] float32, rows `stride` elements apart;  weights [S, V] float64, scratch
 //   keys [S] uint64, 0 before row_maxima: order_key(largest) << 32 | ~id
 //
-// All that survives top-k, min-p and top-p is a beginning of one ranking (largest first, the lower id of equals first),
-// kept here as the last one's key and id. It is found by three rounds of histograms of 11, 11 and 10 bits of the key, of
-// tokens or of their mass. Histograms add whole numbers, hence the same result in every run; where a mass decides, it is
-// then summed in float64 and the place corrected, so that fixed point never decides.
+// All that survives top-k, min-p and top-p is a beginning of one ranking (largest first, the lower id of equals
+// first), kept here as the last one's key and id. It is found by three rounds of histograms of 11, 11 and 10 bits of
+// the key, of tokens or of their mass. Histograms add whole numbers, hence the same result in every run; where a mass
+// decides, it is then summed in float64 and the place corrected, so that fixed point never decides.
 //
 // Bytes moved per row: 4V for each row_maxima, 12V for token_weights, up to about 40V from L2 for top-k and top-p.
 // Differs from engine/sampler.py by the last bits of exp and of sums only: another token where u·mass comes within
@@ -84,7 +84,7 @@ extern "C" __global__ void token_weights(const float* logits, i64 stride, const 
         weights[static_cast<i64>(s) * V + i] = exp(__ddiv_rn(__dadd_rn(row[i], -top), temperature[s]));
 }
 
-// ---- sample_rows -----------------------------------------------------------------------------------------------------
+// ---- sample_rows ----------------------------------------------------------------------------------------------------
 
 struct Scratch {
     u64 bins[kBins];
@@ -125,7 +125,8 @@ __device__ __forceinline__ u64 amount(const Row& row, int i, bool by_mass) {
 
 // The key at which the amounts of the kept tokens, largest key first, reach `need` (at least 1; all of them, if they
 // never do); scratch.before becomes the amount of larger keys.
-__device__ __forceinline__ u32 key_that_reaches(const Row& row, const Cut& cut, u64 need, bool by_mass, Scratch& scratch) {
+__device__ __forceinline__ u32 key_that_reaches(const Row& row, const Cut& cut, u64 need, bool by_mass,
+                                                Scratch& scratch) {
     u32 prefix = 0;
     u64 before = 0;
     for (int round = 0; round < 3; ++round) {
@@ -231,7 +232,8 @@ __device__ __forceinline__ void keep_top_p(const Row& row, double top_p, Cut& cu
     u32 key = key_that_reaches(row, cut, fixed_need, true, scratch);
     Masses m = masses_at(row, cut, key, scratch);
     while (m.above >= need && m.next_above != 0xffffffffu) m = masses_at(row, cut, key = m.next_above, scratch);
-    while (__dadd_rn(m.above, m.equal) < need && m.next_below != 0) m = masses_at(row, cut, key = m.next_below, scratch);
+    while (__dadd_rn(m.above, m.equal) < need && m.next_below != 0)
+        m = masses_at(row, cut, key = m.next_below, scratch);
     if (threadIdx.x == 0) scratch.found = 0;
     __syncthreads();
     for (int i = threadIdx.x; i < row.V; i += blockDim.x)
@@ -245,8 +247,8 @@ __device__ __forceinline__ void keep_top_p(const Row& row, double top_p, Cut& cu
     cut = {key, mth_of_equals(row, cut, key, count, scratch)};
 }
 
-// Step 10: threads sum segments of neighbouring ids, thread 0 walks to the group of segments, segment and token in which
-// the running sum passes u · total.
+// Step 10: threads sum segments of neighbouring ids, thread 0 walks to the group of segments, segment and token in
+// which the running sum passes u · total.
 __device__ __forceinline__ int draw(const Row& row, const Cut& cut, double u, Scratch& scratch) {
     const int threads = blockDim.x, length = ceil_div(row.V, threads), groups = threads / 32;
     const auto weight = [&](int i) { return cut.keeps(order_key(row.x[i]), i) ? row.weight[i] : 0.0; };
@@ -295,7 +297,7 @@ __device__ __forceinline__ double uniform(u64 key0, u64 key1, u64 counter) {
 // token_ids [S]; status [S]: 0, 1 where the raw row's maximum is not finite, 2 where the adjusted row's is not.
 // raw_keys, keys [S]: of the rows before and after adjust_logits (the same array if it was not launched). seed, index:
 // the key of the request's random numbers and which of its samples; position: answer tokens so far.
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(1024, 1)  // one block per SM: there are few rows, and it needs registers
     sample_rows(const float* logits, i64 stride, const double* weights, const u64* raw_keys, const u64* keys,
                 const double* temperature, const int* top_k, const double* top_p, const double* min_p, const u64* seed,
                 const u64* index, const int* position, int* token_ids, int* status, int V) {
