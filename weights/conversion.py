@@ -24,8 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InvalidArgument, NumericalError, WeightsError
+from engine.fp4_types import Fp4Matrix
+from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Ops
-from engine.quant.recipe import Kind, Recipe, sharing_input
+from engine.quant.recipe import Kind, Recipe
 from engine.quant.scheme import Storage
 from engine.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from engine.weights.export import Layout, parts_in_file, storage_of, tensors_of
@@ -227,6 +229,7 @@ def write_shards(
     Raises NumericalError naming the tensor, WeightsError for the disk.
     """
     total, done, resumed = sum(item.source_nbytes for item in plan.items), 0, 0
+    ahead: dict[str, Fp4Matrix | Fp8Matrix] = {}
     _check_space(plan, work)
     for shard in plan.shards:
         if _finished(work / shard.file, shard):
@@ -236,7 +239,7 @@ def write_shards(
             continue
         tensors: dict[str, NDArray[Any]] = {}
         for item in shard.items:
-            tensors |= _made(item, plan, ops)
+            tensors |= _made(item, plan, ops, ahead)
             done += item.source_nbytes
             progress(done, total)
         save_safetensors(work / shard.file, tensors, metadata)
@@ -249,14 +252,16 @@ def write_shards(
     return resumed
 
 
-def _made(item: Item, plan: Plan, ops: Ops) -> dict[str, NDArray[Any]]:
-    array = plan.source.tensor(item.source)
+def _made(item: Item, plan: Plan, ops: Ops, ahead: dict[str, Fp4Matrix | Fp8Matrix]) -> dict[str, NDArray[Any]]:
+    """The item's tensors. ahead: weights, by their source, that were quantised together with an earlier one."""
     if item.kind is None or item.storage is None:
-        return {item.name: array}
+        return {item.name: plan.source.tensor(item.source)}
     try:
-        modules = sharing_input(item.source.removesuffix(".weight"))
-        beside = [plan.source.tensor(f"{module}.weight") for module in modules]
-        weight = plan.recipe.quantize(array, item.kind, ops, beside)
+        if item.source not in ahead:
+            together = plan.recipe.together(item.source.removesuffix(".weight"))
+            shards = {f"{module}.weight": plan.source.tensor(f"{module}.weight") for module in together}
+            ahead |= zip(shards, plan.recipe.quantize(list(shards.values()), item.kind, ops), strict=True)
+        weight = ahead.pop(item.source)
     except NumericalError as problem:
         raise NumericalError(f"{plan.source.entry(item.source).file}: tensor {item.source!r}: {problem}") from problem
     plan.source.release(item.source)

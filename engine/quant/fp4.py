@@ -20,7 +20,7 @@ from engine.ops.fp4.blocks import block_format, quantize
 from engine.ops.fp4.elements import pack
 from engine.ops.fp4.split import ScaleRule, scaled_rows
 from engine.ops.reference import ReferenceOps
-from engine.quant.grades import quantize_shard
+from engine.quant.grades import quantize_shards
 
 F32 = NDArray[np.float32]
 Array = NDArray[Any]
@@ -54,7 +54,7 @@ def quantize_weight(w: Array, *, format: Format = "nvfp4", block: int | None = N
     check_array("w", w, WEIGHTS, multiple=block)
     if w.shape[0] == 0:
         raise InvalidArgument(f"w must have at least one row, not shape {w.shape}")
-    return quantize_shard(ReferenceOps(), w, format=format, block=block, grade=grade, beside=[w])
+    return quantize_shards(ReferenceOps(), [w], format=format, block=block, grade=grade)[0]
 
 
 def matmul(a: Fp4Matrix, w: Fp4Matrix) -> F32:

@@ -24,7 +24,7 @@ from engine.ops.contract import Array, Ops
 from engine.ops.fp4.split import ScaleRule, paths
 from engine.quant import fp4
 from engine.quant.as_stored import AsStored
-from engine.quant.grades import quantize_shard
+from engine.quant.grades import quantize_shards
 from engine.quant.groups import per_16
 from engine.quant.method import Weight
 
@@ -52,15 +52,14 @@ class Fp4Linear:
         self._ops = ops
 
     def pack(self, shards: Sequence[Weight]) -> Any:
-        plain = [shard for shard in shards if isinstance(shard, np.ndarray)]  # all of them or none
-        return self._ops.pack_fp4(_alike([self._quantized(shard, plain) for shard in shards]))
+        stored = [shard for shard in shards if isinstance(shard, Fp4Matrix)]
+        plain = [shard for shard in shards if isinstance(shard, np.ndarray)]
+        assert len(shards) in (len(stored), len(plain)), "shards are stored alike, FP8 ones have methods of their own"
+        return self._ops.pack_fp4(_alike(stored or self._quantized(plain)))
 
-    def _quantized(self, shard: Weight, beside: Sequence[Array]) -> Fp4Matrix:
-        if isinstance(shard, Fp4Matrix):
-            return shard
-        assert isinstance(shard, np.ndarray), "FP8 shards have methods of their own"
-        rule, grade = self._rule, self._grade
-        return quantize_shard(self._ops, shard, format=rule.format, block=rule.block, grade=grade, beside=beside)
+    def _quantized(self, shards: Sequence[Array]) -> list[Fp4Matrix]:
+        rule = self._rule
+        return quantize_shards(self._ops, shards, format=rule.format, block=rule.block, grade=self._grade)
 
     def prepare(self, x: Array) -> Any:
         return self._prepare(x)

@@ -36,12 +36,11 @@ def has_grade(format: str, grade: str) -> bool:
     return format in _FORMATS.get(grade, (format,))
 
 
-def quantize_shard(ops: Ops, w: Array, *, format: Format, block: int, grade: str, beside: Sequence[Array]) -> Fp4Matrix:
-    """One shard w [N, K] of those that share its input: `beside`, w among them. Raises as `Ops.quantize_weight`."""
+def quantize_shards(ops: Ops, shards: Sequence[Array], *, format: Format, block: int, grade: str) -> list[Fp4Matrix]:
+    """Shards [N_i, K] that share an input, each with a global scale of its own. Raises as `Ops.quantize_weight`."""
     fmt = block_format(format, block)
     check_grade(grade, fmt)
-    if grade != "gram":
-        return ops.quantize_weight(w, format=format, block=block, grade=cast(grades.Grade, grade))
-    if not gram.can_guess(beside):
-        return ops.quantize_weight(w, format=format, block=block, grade="sweep")
-    return gram.quantize(w, gram.covariance(beside), fmt)
+    if grade == "gram" and gram.can_guess(shards):
+        return gram.quantize(shards, fmt)
+    alone = cast(grades.Grade, "sweep" if grade == "gram" else grade)
+    return [ops.quantize_weight(w, format=format, block=block, grade=alone) for w in shards]

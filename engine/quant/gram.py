@@ -19,9 +19,10 @@ Per row of x = bf16(fp32(w / g)), g as for `sweep`, with H⁻¹ = UᵀU, U upper
    its error / U[k, k] times U[k, later] is taken off what is still to be rounded.
 2. Twice through K: each code becomes the nearest to where tr(Δ H Δᵀ) has its minimum, all other codes given.
 
-H and U are made in fp64, the rest in fp32. Unlike the other grades this one is not defined to the last bit: matrix
-products of other libraries may round a tie to another code. It takes 3 · N · K² multiplications and more, K³ for each
-input: half a minute for a weight of 18944 × 3584. For E2M1 elements only.
+H is summed and inverted in fp64, the rest is fp32. Unlike the other grades this one is not defined to the last bit:
+another library's matrix products may tip a code that is nearly a tie. It takes about 5 N K² multiplications for a shard
+and 3 K³ for an input, against some 200 N K for `sweep`: nothing for a small model, an hour or two of one core for seven
+billion parameters. For E2M1 elements only.
 """
 
 from __future__ import annotations
@@ -54,12 +55,15 @@ def can_guess(shards: Sequence[Array]) -> bool:
 
 
 def covariance(shards: Sequence[Array]) -> F64:
-    """H [K, K], the guess at the second moments of the input that the shards [N_i, K] share. Raises NumericalError."""
+    """H [K, K], the guess at the second moments of the input that the shards [N_i, K] share, positive definite.
+
+    Raises NumericalError (NaN, infinity).
+    """
     K = shards[0].shape[1]
     total = np.zeros((K, K))
     for w in shards:
         for start in range(0, len(w), _ROWS):
-            rows = w[start : start + _ROWS].astype(np.float64)
+            rows = w[start : start + _ROWS].astype(np.float32)
             if not np.isfinite(rows).all():
                 raise NumericalError("the weight holds NaN or infinity; FP4 has codes for neither")
             total += rows.T @ rows
@@ -67,18 +71,22 @@ def covariance(shards: Sequence[Array]) -> F64:
     return (total / mean if mean > 0 else total) + _DAMPING * np.eye(K)
 
 
-def quantize(w: Array, H: F64, fmt: BlockFormat) -> Fp4Matrix:
-    """One shard w [N, K] whose input has the second moments H [K, K], positive definite. Raises NumericalError."""
+def quantize(shards: Sequence[Array], fmt: BlockFormat) -> list[Fp4Matrix]:
+    """Shards [N_i, K] that share an input and `can_guess`, each with its own g. Raises NumericalError."""
+    H = covariance(shards)
+    U = np.linalg.cholesky(np.linalg.inv(H)).T
+    return [_quantized(w, H.astype(np.float32), U.astype(np.float32), fmt) for w in shards]
+
+
+def _quantized(w: Array, H: F32, U: F32, fmt: BlockFormat) -> Fp4Matrix:
     g = global_scale(w, fmt, "sweep")
-    U = np.linalg.cholesky(np.linalg.inv(H)).T.astype(np.float32)
-    H32 = H.astype(np.float32)
     payload, scale = [], []
     for start in range(0, len(w), _ROWS):
         rows = slice(start, start + _ROWS)
         x = round_bf16(w[rows].astype(np.float32) / g[rows, None])
         codes, scales = _with_feedback(x, U, fmt)
         for _ in range(_REFINEMENTS):
-            codes = _refined(x, codes, scales, H32, fmt)
+            codes = _refined(x, codes, scales, H, fmt)
         payload.append(pack(codes))
         scale.append(scales)
     return Fp4Matrix(fmt.name, np.concatenate(payload), np.concatenate(scale), g)

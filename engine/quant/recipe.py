@@ -11,18 +11,11 @@ from engine.fp4_types import Fp4Matrix
 from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array, Ops
 from engine.quant import fp8
-from engine.quant.grades import quantize_shard
+from engine.quant.grades import quantize_shards
 from engine.quant.registry import FP4_METHODS, QUANTISING, resolve
 from engine.quant.scheme import HEAD, WeightFormat
 
-_SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-def sharing_input(module: str) -> tuple[str, ...]:
-    """The linear layers of a decoder that read what this one reads, itself among them."""
-    parent, _, part = module.rpartition(".")
-    parts = next((group for group in _SHARED if part in group), (part,))
-    return tuple(f"{parent}.{name}" if parent else name for name in parts)
+_SHARE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +77,15 @@ class Recipe:
             )
         return {module: kind for module, kind in kinds.items() if module not in unfit}
 
-    def quantize(self, w: Array, kind: Kind, ops: Ops, beside: Sequence[Array]) -> Fp4Matrix | Fp8Matrix:
-        """One shard w [N, K] of those that share its input: `beside`, w among them. Raises NumericalError."""
+    def together(self, module: str) -> tuple[str, ...]:
+        """The modules to be quantised in one call with this one, itself among them: those that read the same input."""
+        parent, _, part = module.rpartition(".")
+        parts = next((group for group in _SHARE_INPUT if part in group), (part,))
+        return tuple(f"{parent}.{name}" for name in parts) if self.grade == "gram" and parent else (module,)
+
+    def quantize(self, shards: Sequence[Array], kind: Kind, ops: Ops) -> Sequence[Fp4Matrix | Fp8Matrix]:
+        """The shards [N_i, K] of modules that go `together`. Raises NumericalError (NaN, infinity)."""
         if kind.format == "fp8":
-            return fp8.quantize_weight(w)
+            return [fp8.quantize_weight(w) for w in shards]
         assert self.grade is not None  # set above
-        return quantize_shard(ops, w, format=kind.format, block=kind.block, grade=self.grade, beside=beside)
+        return quantize_shards(ops, shards, format=kind.format, block=kind.block, grade=self.grade)
