@@ -1,5 +1,5 @@
-// Products of nvfp4 weights with a scale per 16 k on block-scaled tensor cores; see linear_sm120.cuh. Nothing is left of this file for other
-// architectures: launch_linear_sm120.py chooses it.
+// Products of nvfp4 weights with a scale per 16 k on block-scaled tensor cores; see linear_sm120.cuh. For other
+// architectures nothing is left of this file: launch_linear_sm120.py chooses it.
 #include "linear_sm120.cuh"
 
 #if PTX_SM120A

@@ -1,50 +1,56 @@
-// FP4 × FP4 matrix products on the block-scaled tensor cores of sm_120a and sm_121a, for any number of tokens: SharQ with
-// both paths in one pass over the weight, its sparse and its dense half alone, NVFP4 and MXFP4.
+// FP4 × FP4 matrix products on the block-scaled tensor cores of sm_120a and sm_121a, for any number of tokens: SharQ
+// with both paths in one pass over the weight, its sparse and its dense half alone, NVFP4 and MXFP4.
 //
 //   Y[t, n] = g[t] · g_w[n] · Σ_k (backbone[t, k] + residual[t, k]) · W[n, k] + bias[n] + added[t, n], rounded once
 //
-// Activations are the instruction's A (16 tokens), weights its B (8 rows n). What a warp does with 128 k of a tile of 16
-// tokens × 8 rows, where the B registers (weight_layout.cuh) are loaded once for all of it:
-//     weight              backbone sparse                       backbone dense      residual, or a single path
-//     nvfp4, scale per 32 1 OMMA.SF.SP.168128, 4X               2 OMMA.SF.16864     2 OMMA.SF.16864, 4X; a weight's word of
-//                                                                                   four scales made two by __byte_perm
-//     nvfp4, scale per 16 2 OMMA.SF.16864 on expanded codes     2                   2
-//     mxfp4, scale per 32 2 OMMA.SF.16864 on expanded codes     2                   2 OMMA.SF.16864, 2X (ue8m0)
-// Sparse products take a scale per 32 k (4X, ue4m3) or 64 k (2X, ue8m0) of *both* operands, which rules them out in the
-// last two rows. (PTX of CUDA 13.5 also takes sparse 4X with ue8m0, OMMA.SF.SP.168128…E8.4X, which would fit MXFP4's 32;
-// that of 13.0 refuses it, and nobody is known to have measured it.) Expanding is done in registers, from the operand as
-// it is. HiF4 has no such instruction: linear_hif4.cu.
-// So SharQ on nvfp4 by 32 issues 3 where NVFP4 issues 2: 1.5 times the slots, 16 cycles each per sub-partition as third
-// parties measured, hence at most 2/3 of NVFP4's rate where compute is the limit, and none of it where memory is.
+// Activations are the instruction's A (16 tokens), weights its B (8 rows n). Instructions for 128 k of such a tile, all
+// on the same B registers (weight_layout.cuh), which are loaded once:
+//     weight, k per scale   backbone stored sparse            stored dense      residual, or a single path
+//     nvfp4, 32             1 OMMA.SF.SP.168128               2 OMMA.SF.16864   2, 4X (ue4m3): the weight's four scales
+//                                                                               made eight by __byte_perm
+//     nvfp4, 16             2 OMMA.SF.16864, expanded         2                 2, 4X
+//     mxfp4, 32             2 OMMA.SF.16864, expanded         2                 2, 2X (ue8m0)
+// Sparse instructions take a scale per 32 k (4X, ue4m3) or 64 k (2X, ue8m0) of *both* operands: the last two rows have
+// other ones, so their backbone is expanded in registers to dense fragments. (For MXFP4's 32 there is a sparse 4X with
+// ue8m0, OMMA.SF.SP.168128….E8.4X, in the PTX of CUDA 13.5 but not yet of 13.0; nobody is known to have probed it.)
+// HiF4 has no such instruction at all: linear_hif4.cu. SharQ on nvfp4 by 32 issues 3 instructions where NVFP4 issues 2,
+// 16 cycles each per sub-partition as third parties measured: 2/3 of NVFP4's rate where compute is the limit, all of it
+// where memory is.
 //
 // Order of sums, the same for every M, shape, grid and split, so that a token's bits depend on nothing but its own row
-// (deterministic=True asks nothing more of these entry points, all of which serve every M): K is cut into slices of
-// slice_k, which depends on K alone (launch_linear.py: slice_k). A slice starts from 0 and takes 128 k after 128 k:
-// backbone, then residual, each dense one as k in [0, 64), [64, 128), all into one accumulator. Slices are added in order.
-// One accumulator for both paths, because two would take another 8 · kUnits · kTiles registers and truncate as often: an
-// instruction truncates its sum to fp32 (BLACKWELL's model: toward zero, once per instruction), so what a slice loses is
-// below 2^-23 of its running sum per instruction; short slices, added to nearest, keep the whole below 1e-5 of max |Y|.
+// (deterministic=True needs no other entry points): K is cut into slices of slice_k, which depends on K alone
+// (launch_linear.py: slice_k). A slice starts from 0 and takes 128 k after 128 k: backbone, then residual, a dense one
+// as k in [0, 64), [64, 128), all into one accumulator. Slices are added in order, to nearest.
+// One accumulator for both paths: a second would double the registers of sums and lose as much. An instruction
+// truncates its sum to fp32 (emulate/ptx_fp4.h: toward zero), so a slice loses less than 2^-23 of its running sum per
+// instruction: at most 6e-6 of a sum whose terms have one sign, with slices of 4096 k (K = 32768); 1e-7 to 8e-7 of max
+// |Y| was seen.
 //
-// Shapes (tokens × rows of a block, warps along each, stages):
-//     m16     16 ×  64    1 × 4    up to 8     decode: the weight streams through, 7 stages of 4.3 KB of it under way
-//     m64     64 ×  64    1 × 4    3 or 4      decode of many sequences
-//     m128   128 × 128    2 × 4    3 or 4      prefill
-// A block owns its tokens × rows and a run of slices; a warp kTiles tiles of 16 tokens × kUnits units of 16 rows. A stage
-// is 128 k of both operands, copied by all threads with cp.async, one barrier a stage. Weights read once (m16, m64) are
-// marked evict-first. Grid: x token blocks (neighbours in time: they find the weight in L2), y runs of slices, z row blocks.
-// With gridDim.y > 1 sums of slices go to `partials`; the last block to arrive adds them in order.
-// Shared memory: stages · (tokens · bytes per 128 k + rows/16 · unit), later tokens · (rows + 8) · 4 of results;
-// launch_linear_sm120.py: shared_bytes. Bytes per 128 k and token: SharQ 116, sparse alone 44, NVFP4 72, dense twice 144.
-// Any M, N, K: operands and weights have K padded to 128 with zeros (metadata 0100), weights N to 16; tokens there are
-// not are zeros in shared memory and read nothing. Pointers aligned to 16.
-// Memory traffic: the weight once per token block (but for L2), activations once per row block, M · N outputs; with splits
-// 8 · M · N · slices bytes through L2. Limits: m16 at 1.8 TB/s wants 4.4 bytes a clock and SM, the instructions allow 45
-// (m64: 11); m128 needs 15 bytes a clock and SM from L2 at the full issue rate.
+// Shapes:         block             warps             stages     registers, instructions of the loop over 128 k (SharQ)
+//     m16      16 tokens ×  64 rows    1 ×  4         7 or 8     106     118, of which   6 OMMA    decode
+//     m64      64 tokens ×  64 rows    1 ×  4         3 to 6     189     184,           24         many sequences
+//     m128    128 tokens × 128 rows    2 ×  4         3 to 7     243     262,           48         prefill
+// A block owns its tokens × rows and a run of slices; a warp kTiles tiles of 16 tokens × kUnits units of 16 rows. A
+// stage is 128 k of both operands, copied by all threads with cp.async, with one barrier a stage; two m16 or m64 blocks
+// share an SM, so at m16 up to 61 KB of weights are under way there. Grid: x token blocks (neighbours in time: they
+// find the weight in L2), y runs of slices, z row blocks. With gridDim.y > 1 sums of slices go to `partials`, and the
+// last block to arrive adds them. Weights of m16 and m64 are read once and marked evict-first.
+// Shared memory (launch_linear_sm120.py: shared_bytes): stages · (tokens · bytes of 128 k + rows/16 · unit), later the
+// results. Bytes of a token's 128 k: SharQ 116, its sparse half 44, NVFP4 72, two dense paths 144; MXFP4 4 less a path.
+// Any M, N, K. Operands and weights have K padded to 128 with zeros (metadata 0100), weights N to 16; tokens there are
+// not become zeros in shared memory and read nothing. Pointers aligned to 16.
+// Memory traffic: the weight once per token block (but for L2), activations once per row block, M · N outputs; with
+// splits 8 · M · N · slices bytes through L2. Limits, per SM and clock: m16 at 1.8 TB/s wants 4.4 bytes of weights,
+// instructions allow 45 (m64: 11); m128 wants 15 bytes from L2 at the full rate of instructions, and a third of the
+// issue slots.
 // Reference: engine/ops/fp4/product.py (whose fp32 sums round to nearest).
 //
-// Only hardware can prove: the order of scale bytes within a word and which lanes' words count; the map of the metadata;
-// the rounding (truncation, 2^-27 and 2^-35 alignment); ordered_metadata's behaviour on the padding's 0100 with zero codes;
-// that zero scale bytes make zero products; and every speed above. A one-hot probe of the instructions comes first.
+// ONLY HARDWARE CAN PROVE, none of it seen on any by this project (probe single instructions first):
+//   * the order of scale bytes in a word, and that lanes 4 (m % 8) + m / 8 and 4 n hold the words that count;
+//   * the metadata's map (lane, half of k, nibble), and that 0100 over zero codes is harmless;
+//   * the rounding: toward zero, once per instruction; addends cut 2^-27 below the scales and 2^-35 below the sum;
+//   * that a scale byte 0 of UE4M3 makes zero products, as padding along K has it;
+//   * every speed above.
 #pragma once
 
 #include "fp4_decode.cuh"
@@ -54,8 +60,8 @@
 
 enum class Backbone { none, sparse, expanded, dense };  // expanded: stored sparse, multiplied dense
 
-// ---- formats: scale bytes of 128 k of a dense path, words of scales of a weight's row, and the dense instruction -------
-// multiply<h> takes k in [64 h, + 64) of 128; scales as their operand stores them, a weight's `dense` words as made here.
+// ---- formats: scale bytes of 128 k of a dense path, words of scales of a weight's row, and the dense instruction ----
+// multiply<h> takes k in [64 h, + 64) of 128, the activations' scales as stored, a weight's as dense_scales makes them.
 
 struct Nvfp4By32 {
     static constexpr int kScaleBytes = 8, kWeightWords = 1;
@@ -86,7 +92,7 @@ struct Mxfp4By32 {
     }
 };
 
-// ---- a stage's activations ---------------------------------------------------------------------------------------------
+// ---- a stage's activations ------------------------------------------------------------------------------------------
 
 // Arrays of SharqOperand or Fp4Matrix with K padded to 128; those of a path that is not multiplied are not read.
 struct Fp4Activations {
@@ -173,7 +179,7 @@ private:
     };
 };
 
-// ---- products of a warp ------------------------------------------------------------------------------------------------
+// ---- products of a warp ---------------------------------------------------------------------------------------------
 
 // Eight rows of a weight unit as B: codes of all 128 k, scales of the sparse instruction, of the dense one's halves.
 struct WeightFragment {
@@ -237,22 +243,37 @@ struct TokenFragments {
     }
 };
 
+// sums += 16 tokens · 8 kTiles rows over k in [64 h, + 64).
 template <class Format, int h, int kTiles>
 __device__ __forceinline__ void multiply_dense(float (&sums)[kTiles][4], const u32 (&a)[4], u32 scales,
                                                const WeightFragment (&b)[kTiles]) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
-        Format::template multiply<h>(sums[j], a, {b[j].codes[2 * h], b[j].codes[2 * h + 1]}, scales, b[j].dense_scales[h]);
+        Format::template multiply<h>(sums[j], a, {b[j].codes[2 * h], b[j].codes[2 * h + 1]}, scales,
+                                     b[j].dense_scales[h]);
 }
 
-// sums += 16 tokens · 8 kTiles rows over 128 k, in the order of the header.
+// The same for 128 k of a path stored dense: codes and scales of the block's tokens.
+template <class Format, class Tile, int kTiles>
+__device__ __forceinline__ void multiply_dense_path(const TokenFragments<Format, Tile>& tokens, const u8* codes,
+                                                    const u8* scales, const WeightFragment (&b)[kTiles],
+                                                    float (&sums)[kTiles][4]) {
+    u32 a[4];
+    tokens.template load<64, 0>(codes, a);
+    multiply_dense<Format, 0>(sums, a, tokens.template scales<Format::kScaleBytes>(scales, 0), b);
+    tokens.template load<64, 1>(codes, a);
+    multiply_dense<Format, 1>(sums, a, tokens.template scales<Format::kScaleBytes>(scales, 1), b);
+}
+
+// All paths over 128 k, in the order of the header.
 template <class Format, Backbone kBackbone, bool kResidual, class Tile, int kTiles>
 __device__ __forceinline__ void multiply_paths(const TokenFragments<Format, Tile>& tokens,
                                                const WeightFragment (&b)[kTiles], float (&sums)[kTiles][4]) {
+    const u8* tile = tokens.tile;
     u32 a[4];
     if constexpr (kBackbone == Backbone::sparse) {
         const u32 metadata = tokens.metadata(), scales = tokens.sparse_scales();
-        tokens.template load<32, 0>(tokens.tile, a);
+        tokens.template load<32, 0>(tile, a);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
             ptx::mma_sp_m16n8k128_nvfp4(sums[j], a, b[j].codes, metadata, scales, b[j].sparse_scales);
@@ -262,28 +283,18 @@ __device__ __forceinline__ void multiply_paths(const TokenFragments<Format, Tile
         tokens.template expand<1>(a);
         multiply_dense<Format, 1>(sums, a, tokens.template expanded_scales<1>(), b);
     } else if constexpr (kBackbone == Backbone::dense) {
-        const u8* scales = tokens.tile + Tile::kBackboneScale;
-        tokens.template load<64, 0>(tokens.tile, a);
-        multiply_dense<Format, 0>(sums, a, tokens.template scales<Format::kScaleBytes>(scales, 0), b);
-        tokens.template load<64, 1>(tokens.tile, a);
-        multiply_dense<Format, 1>(sums, a, tokens.template scales<Format::kScaleBytes>(scales, 1), b);
+        multiply_dense_path(tokens, tile, tile + Tile::kBackboneScale, b, sums);
     }
-    if constexpr (kResidual) {
-        const u8 *codes = tokens.tile + Tile::kCodes, *scales = tokens.tile + Tile::kCodesScale;
-        tokens.template load<64, 0>(codes, a);
-        multiply_dense<Format, 0>(sums, a, tokens.template scales<Format::kScaleBytes>(scales, 0), b);
-        tokens.template load<64, 1>(codes, a);
-        multiply_dense<Format, 1>(sums, a, tokens.template scales<Format::kScaleBytes>(scales, 1), b);
-    }
+    if constexpr (kResidual) multiply_dense_path(tokens, tile + Tile::kCodes, tile + Tile::kCodesScale, b, sums);
 }
 
-// ---- the product -------------------------------------------------------------------------------------------------------
+// ---- the product ----------------------------------------------------------------------------------------------------
 
-// A block's tokens × rows, its warps along each, how many of it share an SM, whether it is alone in reading its weights.
+// A block's tokens × rows, its warps along each, how many share an SM, whether its weights are read this once.
 template <int tiles, int token_warps, int units, int row_warps, int blocks, bool read_once>
 struct Shape {
     static constexpr int kTiles = tiles, kUnits = units;  // of a warp: 16 tokens, 16 rows
-    static constexpr int kTokenWarps = token_warps, kRowWarps = row_warps;
+    static constexpr int kRowWarps = row_warps;
     static constexpr int kThreads = 32 * token_warps * row_warps, kBlocks = blocks;
     static constexpr int kTokens = 16 * tiles * token_warps, kRows = kTileRows * units * row_warps;
     static constexpr bool kReadOnce = read_once;
@@ -292,7 +303,7 @@ using M16 = Shape<1, 1, 1, 4, 2, true>;
 using M64 = Shape<4, 1, 1, 4, 2, true>;
 using M128 = Shape<4, 2, 2, 4, 1, false>;
 
-constexpr int kSharedOfSm = 100 * 1024, kSharedBesides = 1024 + 128;  // bytes of an SM; a block's reserved and static ones
+constexpr int kSharedOfSm = 100 * 1024, kSharedBesides = 1024 + 128;  // bytes; besides: reserved and static, a block
 constexpr int kMostStages = 8;
 
 // What a block has in shared memory.
@@ -307,7 +318,7 @@ struct Stages {
     static constexpr int kFitting = (kSharedOfSm / Shape::kBlocks - kSharedBesides) / kStageBytes;
     static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
 
-    // Starts the copies of one k unit of `tiles` tiles of weights from the first on; there may be fewer than kUnits left.
+    // Starts the copies of k unit `unit` of `tiles` tiles of weights, kUnits or what is left, from the first on.
     static __device__ __forceinline__ void copy_weights(u32 to, const u8* weights, int first, int tiles, int unit,
                                                         int units, unsigned long long read_once) {
         constexpr int kPieces = kUnitBytes / 16;
@@ -323,10 +334,12 @@ struct Stages {
 };
 
 // The sum for one token and row, of all slices in order.
-__device__ __forceinline__ float sum_of_slices(const float* partials, int slices, int M, int padded_N, int token, int n) {
+__device__ __forceinline__ float sum_of_slices(const float* partials, int slices, int M, int padded_N, int token,
+                                               int n) {
     const float* from = partials + static_cast<i64>(token) * padded_N + n;
     float sum = __ldcg(from);
-    for (int slice = 1; slice < slices; ++slice) sum = __fadd_rn(sum, __ldcg(from + static_cast<i64>(slice) * M * padded_N));
+    for (int slice = 1; slice < slices; ++slice)
+        sum = __fadd_rn(sum, __ldcg(from + static_cast<i64>(slice) * M * padded_N));
     return sum;
 }
 
@@ -355,7 +368,7 @@ __device__ __forceinline__ void linear_fp4(const Fp4Activations& x, const u8* we
         if (fetched < last_unit) {
             const u32 stage = ptx::shared_address(shared + fetch_slot * Block::kStageBytes);
             Block::copy_weights(stage + Tile::kTileBytes, weights, first_row / kTileRows, tiles, fetched, units,
-                                   read_once);
+                                read_once);
             Tile::copy(stage, x, first_token, tokens, fetched, units);
         }
         ptx::cp_async_commit();
@@ -388,7 +401,7 @@ __device__ __forceinline__ void linear_fp4(const Fp4Activations& x, const u8* we
         WeightFragment b[kColumnTiles];
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j) {
-            const int unit = min(warp_unit + j / 2, tiles - 1);  // what there is not is computed from the last and unused
+            const int unit = min(warp_unit + j / 2, tiles - 1);  // beyond the last: computed from it, never used
             b[j] = load_weight<Format>(stage + Tile::kTileBytes + unit * Block::kUnitBytes, j % 2);
         }
 #pragma unroll
@@ -419,7 +432,8 @@ __device__ __forceinline__ void linear_fp4(const Fp4Activations& x, const u8* we
         if (gridDim.y > 1)
             for_each_pair(sums, [&](int token, int row, float2 pair) {
                 const i64 at = (static_cast<i64>(slice) * M + first_token + token) * padded_N + first_row + row;
-                if (token < tokens && first_row + row < padded_N) __stcg(reinterpret_cast<float2*>(cut.partials + at), pair);
+                if (token < tokens && first_row + row < padded_N)
+                    __stcg(reinterpret_cast<float2*>(cut.partials + at), pair);
             });
     }
     ptx::cp_async_wait_all();

@@ -110,8 +110,8 @@ def expected(case, operand, matrix):
 
 
 # ---- an independent model --------------------------------------------------------------------------------------------
-# BLACKWELL's accumulation model in float64, of which every number below is exact: dots are small integers over 4, terms
-# have at most 24 significant bits, and what is summed are whole multiples, below 2^50, of 2^lsb.
+# What cuda/emulate/ptx_fp4.h says of an instruction's sum, in float64, of which every number below is exact: dots are
+# small integers over 4, terms have at most 24 significant bits, and what is summed are multiples, below 2^50, of 2^lsb.
 
 
 class Padded(NamedTuple):
@@ -136,12 +136,15 @@ class Padded(NamedTuple):
         exponents[positive] = np.maximum(np.floor(np.log2(scales[positive])), lowest)
         return cls(values, scales, exponents - 3)
 
+    def columns(self, k, count):
+        return Padded(*(array[:, k : k + count] for array in self))
+
 
 def instruction(c, a, b, group):
     """c + the products of a [M, k] and b [N, k], four groups of k: one instruction's result."""
     terms, lsb = [], np.full(c.shape, -174.0)
     for k in range(0, 4 * group, group):
-        x, w = (Padded(*(part[:, k : k + group] for part in operand)) for operand in (a, b))
+        x, w = a.columns(k, group), b.columns(k, group)
         scale = x.scales[:, :1] * w.scales[:, 0]
         terms.append((x.values @ w.values.T) * scale)
         live = ((x.values != 0).astype(F64) @ (w.values != 0).T > 0) & (scale > 0)
@@ -165,26 +168,26 @@ def slice_of(K):
     return next(size for size in (256, 512, 1024, 2048, 4096) if 8 * size >= K)
 
 
-def steps_of(case, operand, K):
-    """(first k, matrix, k in a scale group) of every instruction on 128 k, in order."""
-    for part, by_sparse in parts_of(case, operand):
-        padded = Padded.of(part)
-        yield [(k, padded, 32) for k in range(0, K, 128)] if by_sparse else [(k, padded, 16) for k in range(0, K, 64)]
+def slices_of(case, operand, matrix):
+    """For every slice of K the operands (a, b, k in a scale group) of its instructions, in order."""
+    weight = Padded.of(matrix)
+    K, steps = weight.values.shape[1], []
+    for order, (part, by_sparse) in enumerate(parts_of(case, operand)):
+        a, group = Padded.of(part), 32 if by_sparse else 16
+        steps += [(k // 128, order, k, a, group) for k in range(0, K, 4 * group)]
+    steps.sort(key=lambda step: step[:3])  # 128 k after 128 k, in them path after path
+    for start in range(0, K, slice_of(K)):
+        inside = [step[2:] for step in steps if start <= step[2] < start + slice_of(K)]
+        yield [(a.columns(k, 4 * group), weight.columns(k, 4 * group), group) for k, a, group in inside]
 
 
 def model_sum(case, operand, matrix):
     """Sums without global scales [M, N] float32, the bits the kernels must give."""
-    weight = Padded.of(matrix)
-    K = weight.values.shape[1]
-    steps = [step for path in steps_of(case, operand, K) for step in path]
-    unit_order = sorted(range(len(steps)), key=lambda i: (steps[i][0] // 128, i))
     total = None
-    for start in range(0, K, slice_of(K)):
+    for instructions in slices_of(case, operand, matrix):
         c = np.zeros((len(operand.g), matrix.rows), F32)
-        for k, part, group in (steps[i] for i in unit_order):
-            if start <= k < start + slice_of(K):
-                a, b = (Padded(*(x[:, k : k + 4 * group] for x in m)) for m in (part, weight))
-                c = instruction(c, a, b, group)
+        for a, b, group in instructions:
+            c = instruction(c, a, b, group)
         total = c if total is None else total + c
     return total
 
@@ -215,28 +218,24 @@ def test_bit_by_bit(case, M, N, K):
 # ---- against float64 -------------------------------------------------------------------------------------------------
 
 
-def bound(case, operand, matrix, addends=0.0):
+def bound(case, operand, matrix):
     """What each output may be off by: the model's losses, instruction after instruction, and the roundings after them.
 
     An instruction's result is truncated to fp32: below 2^-23 of it. Before, five addends are truncated, each by less
     than 2^lsb: that is at most 2^-35 of the accumulator or 2^(X − 27), and 4 · 2^X at most a product of two scales.
     """
-    weight = Padded.of(matrix)
-    K = weight.values.shape[1]
     y = np.zeros((len(operand.g), matrix.rows))
     off = np.zeros_like(y)
-    for start in range(0, K, slice_of(K)):
+    for instructions in slices_of(case, operand, matrix):
         sums, lost = np.zeros_like(y), np.zeros_like(y)
-        for k in range(start, min(start + slice_of(K), K), 64):
-            for part, _ in parts_of(case, operand):
-                a, b = (Padded(*(x[:, k : k + 64] for x in m)) for m in (Padded.of(part), weight))
-                before, sums = sums, sums + (a.values * a.scales) @ (b.values * b.scales).T
-                scales = a.scales.max(1)[:, None] * b.scales.max(1)
-                largest = np.maximum(np.abs(before), np.abs(sums)) + lost
-                lost = lost + 2.0**-23 * largest + 5 * (2.0**-29 * scales + 2.0**-35 * largest)
+        for a, b, _ in instructions:
+            before, sums = sums, sums + (a.values * a.scales) @ (b.values * b.scales).T
+            scales = a.scales.max(1)[:, None] * b.scales.max(1)
+            largest = np.maximum(np.abs(before), np.abs(sums)) + lost
+            lost = lost + 2.0**-23 * largest + 5 * (2.0**-29 * scales + 2.0**-35 * largest)
         y, off = y + sums, off + lost + 2.0**-24 * np.abs(y + sums)
     factor = operand.g[:, None].astype(F64) * matrix.g
-    return off * factor + 4 * 2.0**-24 * (np.abs(y * factor) + np.abs(addends))
+    return off * factor + 4 * 2.0**-24 * np.abs(y * factor)  # three more roundings
 
 
 @each_case

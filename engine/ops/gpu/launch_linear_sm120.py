@@ -77,7 +77,7 @@ def plan(
     slices = -(-weight.K // size)
     blocks = token_blocks * row_blocks
     if splits is None and tokens < 128:
-        splits = -(-4 * sms // blocks)  # bound by memory: two rounds of blocks are enough of them under way
+        splits = -(-2 * sms // blocks)  # bound by memory: as many blocks as SMs hold
     elif splits is None:
         splits = sms // blocks  # bound by compute: another round would cost more than idle SMs
     per_block = -(-slices // max(1, min(splits, slices)))
