@@ -65,6 +65,9 @@ def test_the_guess_is_the_mean_second_moment_of_all_rows():
     second = np.einsum("ni,nj->ij", rows, rows)
     expected = second / np.diag(second).mean() + np.eye(64)
     np.testing.assert_allclose(gram.covariance(shards), expected, atol=1e-6)  # products in fp32
+    for factor in (1e-30, 1e30):  # whose squares fp32 does not hold
+        scaled = [w.astype(np.float32) * np.float32(factor) for w in shards]
+        np.testing.assert_allclose(gram.covariance(scaled), expected, atol=1e-6)
     assert (gram.covariance([np.zeros((4, 32), np.float32)]) == np.eye(32)).all()
 
 

@@ -32,12 +32,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import NumericalError
 from engine.fp4_types import Fp4Matrix
 from engine.ops.contract import Array
 from engine.ops.fp4.blocks import BlockFormat, Scale
 from engine.ops.fp4.elements import pack
-from engine.ops.fp4.grades import best_scale, candidates, global_scale
+from engine.ops.fp4.grades import best_scale, candidates, global_scale, largest_magnitude
 from engine.ops.fp4.split import round_bf16
 
 U8 = NDArray[np.uint8]
@@ -60,12 +59,11 @@ def covariance(shards: Sequence[Array]) -> F64:
     Raises NumericalError (NaN, infinity).
     """
     K = shards[0].shape[1]
+    largest = max(largest_magnitude(w) for w in shards) or np.float32(1)
     total = np.zeros((K, K))
     for w in shards:
         for start in range(0, len(w), _ROWS):
-            rows = w[start : start + _ROWS].astype(np.float32)
-            if not np.isfinite(rows).all():
-                raise NumericalError("the weight holds NaN or infinity; FP4 has codes for neither")
+            rows = w[start : start + _ROWS].astype(np.float32) / largest  # so that squares keep to fp32's range
             total += rows.T @ rows
     mean = np.trace(total) / K
     return (total / mean if mean > 0 else total) + _DAMPING * np.eye(K)

@@ -74,7 +74,7 @@ def _chunks(N: int, K: int) -> list[slice]:
 
 def global_scale(w: NDArray[Any], fmt: BlockFormat, grade: Grade) -> F32:
     """g [N] of a shard w [N, K], the same in all rows. Raises NumericalError."""
-    amax = max(_largest(w[chunk]) for chunk in _chunks(*w.shape))
+    amax = largest_magnitude(w)
     if not fmt.has_global_scale:
         if not np.isfinite(round_bf16(np.array(amax))):
             raise NumericalError(f"the weight's largest magnitude, {amax:g}, is infinite in bfloat16")
@@ -83,8 +83,9 @@ def global_scale(w: NDArray[Any], fmt: BlockFormat, grade: Grade) -> F32:
     return np.full(len(w), max(amax / largest, G_MIN), np.float32)
 
 
-def _largest(w: NDArray[Any]) -> np.float32:
-    amax = np.abs(_f32(w)).max(initial=np.float32(0))
+def largest_magnitude(w: NDArray[Any]) -> np.float32:
+    """Of a shard w [N, K]. Raises NumericalError (NaN, infinity)."""
+    amax = np.array([np.abs(_f32(w[chunk])).max() for chunk in _chunks(*w.shape)]).max()
     if not np.isfinite(amax):
         raise NumericalError("the weight holds NaN or infinity; FP4 has codes for neither")
     return np.float32(amax)
