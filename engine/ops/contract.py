@@ -9,9 +9,10 @@ Guarantees each backend gives:
 * a row's result depends on that row alone (and for attention on its own sequence), bitwise: never on T, on the other
   rows, on how a prefill was cut into chunks or on the number of threads. Hence every reduction order is a function of
   K, D or the absolute position alone;
-* `rms_norm`, `rope_and_cache`, `silu_mul`, `embed` and the codes of `prepare_*` have the same bits on every backend
-  (their arithmetic is fixed in `reference`, `engine.ops.fp4` and `engine.ops.fp8`); `linear`, `fp4_linear`,
-  `w4a16_linear`, `fp8_linear`, `w8a16_linear` and `attention` may differ between backends in accumulation order only.
+* `rms_norm`, `rope_and_cache`, `silu_mul`, `embed` and the codes of `prepare_*` and `quantize_weight` have the same
+  bits on every backend (their arithmetic is fixed in `reference`, `engine.ops.fp4` and `engine.ops.fp8`); `linear`,
+  `fp4_linear`, `w4a16_linear`, `fp8_linear`, `w8a16_linear` and `attention` may differ between backends in accumulation
+  order only.
 """
 
 from __future__ import annotations
