@@ -1,31 +1,34 @@
 // attention_decode: paged attention of few rows per sequence; its arithmetic is attention_tile.cuh's.
 //
-//   q, out [T, H·D] of T, rows q_stride and out_stride elements apart; H = G · KVH, D a multiple of 8 up to DP
-//   k_cache, v_cache [blocks, KVH, 16, D] of this layer (kv_cache.cuh), of T or E4M3; k_scales, v_scales [KVH] float32
-//   for E4M3, else null;  block_tables [S, table_stride] int32;  items [n, 8] int32, at most 16 rows each
-//   partials [P, KVH, partial_rows, D + 4] float32: o [rows, D], then m, l, 0, 0 of every row; P counts the splits of all
-//   items;  arrivals [n, KVH] uint32, zero before the first launch and left zero by each
+//   q, out [T, H·D] of T, rows q_stride and out_stride elements apart, at multiples of 4 and 8 bytes; H = G · KVH
+//   k_cache, v_cache [blocks, KVH, 16, D] of this layer (kv_cache.cuh), of T or E4M3, D a multiple of 8 up to DP
+//   k_scales, v_scales [KVH] float32 for E4M3, else null;  block_tables [S, table_stride] int32
+//   items [n, 8] int32 (AttentionItem), at most 16 rows each
+//   partials [P, KVH, partial_rows, D + 4] float32: o [rows, D], then m, l, 0, 0 per row; P counts all items' splits
+//   arrivals [n, KVH] uint32, zero before the first launch and left zero by each
 //
-// Grid (x, KVH, n): block (i, j, k) takes splits i, i + x, … of item k for KV head j, so x decides speed alone and one
+// Grid (x, KVH, n): block (i, j, k) takes splits i, i + x, … of item k for KV head j; x decides speed alone, so one
 // captured grid serves every length. 128 threads. The rows, all query heads of the group, are the 16 rows of one MMA
-// tile: K and V are read once for the whole group. For each tile of 64 tokens warp w scores tokens [16 w, + 16), the
-// warps meet to agree on maxima, leave their weights in shared memory, meet again and each adds up D / 4 of the columns.
-// Tensor cores whatever G: 128 MMA (m16n8k16, D = 128) take some 250 cycles of an SM where the tile's 32 KB take 1,700
-// at 19 bytes a clock (4.3 TB/s over 132 SMs); by FMA, G = 7 takes 900 and more for conversions. One arithmetic for every G
-// is also what lets prefill give the same bits.
+// tile: K and V are read once for the group. Of each tile of 64 tokens warp w scores [16 w, + 16), the warps meet to
+// agree on maxima, leave their weights in shared memory, meet again, and each adds up a quarter of the columns.
+// Tensor cores whatever G: a tile's 128 MMA (D = 128) take some 250 clocks of an SM, where its 32 KB take 1,700 to come
+// (19 bytes a clock: 4.3 TB/s over 132 SMs); with FMA, G = 7 takes 900 and as much again for conversions. And one
+// arithmetic for every G is what lets prefill give the same bits.
 //
-// A split's result goes to `partials`. Of an item with up to kFusedSplits splits the block that arrives last joins them
-// (no further launch, ~1.3 us saved); with more, attention_join does, with a block for each row. Both in ascending order.
+// Each split leaves its result in partials. Where an item has up to kFusedSplits, the block that arrives last joins
+// them (a launch saved, ~1.3 us); with more, attention_join does, a block to a row. Always in ascending order.
 //
-// Reads 2·D·sizeof(KV) bytes per token and KV head once, writes and reads 4·G·(D + 4) per split and KV head (through L2;
-// at most 11 % of K and V for G = 7 below 1024 tokens, 1.4 % beyond 16384). In flight per block: up to 2 tiles, 64 KB at
-// D = 128 in 16 bits; shared memory 73 KB, so 3 blocks on an SM with 227 KB, 1 on one with 99 KB.
-// Limits: no fp32 activations or caches; D > 128 has one stage, 71 KB, but with E4M3 101 KB: not on sm_86, 89, 120.
-// Unproven without hardware: all speed; that an MMA's rows give the same bits whatever the other rows hold; the last
-// arriver's fence. Reference: ReferenceOps.attention.
+// Reads 2·D·sizeof(KV) bytes per token and KV head; writes and reads 4·G·(D + 4) per split and KV head, through L2:
+// 11 % of K and V for G = 7, D = 128 below position 1024, 1.4 % beyond 16384. In flight per block: 1 to 2 tiles.
+// Shared memory 71 KB (D = 128; E4M3 69): 3 blocks on an SM with 227 KB, 1 with 99 KB. Instructions issued per tile and
+// scheduler at D = 128: ~480 in those 1,700 clocks; E4M3 ~830 in 860, and at D = 64 ~560 in 430: these two may be bound
+// by instructions on an H200.
+// Limits: D > 128 has one stage (71 KB), and with E4M3 takes 101 KB, which sm_86, 89 and 120 do not have.
+// Hardware must still prove: speed; that an MMA's rows get the same bits whatever the others hold; the last arriver's
+// fence. Reference: ReferenceOps.attention.
 #include "attention_tile.cuh"
 
-constexpr int kDecodeWarps = 4, kDecodeThreads = 32 * kDecodeWarps;
+constexpr int kDecodeWarps = 4;
 constexpr int kItemRows = 16;
 constexpr int kFusedSplits = 24;  // 86 KB of partial results at G = 7, D = 128: about as long to join as a launch takes
 
@@ -63,7 +66,7 @@ __device__ __forceinline__ Splits splits_of(Tokens tokens) {
     return {first, split_of_tile((tokens.end - 1) / kTileTokens) + 1 - first};
 }
 
-// ---- joining partial results -----------------------------------------------------------------------------------------
+// ---- joining partial results ----------------------------------------------------------------------------------------
 
 // Rows [row, end) of an item: a thread takes four columns of a row at a time.
 template <class T, class KV>
@@ -101,7 +104,7 @@ __device__ __forceinline__ void attention_join(const DecodeArgs<T, KV>& a) {
     if (splits > kFusedSplits) join_partials(a, item, blockIdx.y, splits, row, row + 1);
 }
 
-// ---- a split ---------------------------------------------------------------------------------------------------------
+// ---- a split --------------------------------------------------------------------------------------------------------
 
 // What the warps tell each other about a tile.
 struct DecodeExchange {
@@ -192,7 +195,7 @@ struct DecodeSplit {
     }
 };
 
-// ---- a block ---------------------------------------------------------------------------------------------------------
+// ---- a block --------------------------------------------------------------------------------------------------------
 
 // The only split there is goes straight to out, the others to partials.
 template <class T, class KV, int DP>
@@ -268,7 +271,8 @@ __device__ __forceinline__ void attention_decode(const DecodeArgs<T, KV>& a) {
     }
 }
 
-// attention_decode_<q's type>[_e4m3]_<DP>, D up to DP; attention_join_<q's type>. With -DHEAD_DIM=<DP> for that DP alone.
+// attention_decode_<q's type>[_e4m3]_<DP>, D up to DP (with -DHEAD_DIM=<DP> that one alone); attention_join_<q's type>.
+// Three blocks to an SM is what shared memory has room for.
 #define PARAMETERS(T, KV)                                                                                             \
     const T *q, i64 q_stride, const KV *k_cache, const KV *v_cache, const int *block_tables, int table_stride,        \
         const int *items, int H, int KVH, int D, float scale, int window, const float *k_scales,                      \
@@ -276,15 +280,49 @@ __device__ __forceinline__ void attention_decode(const DecodeArgs<T, KV>& a) {
 #define ARGUMENTS                                                                                                     \
     {q, q_stride, k_cache, v_cache, block_tables, table_stride, items, H, KVH, D, scale, window, k_scales, v_scales,  \
      partials, partial_rows, arrivals, out, out_stride}
-#define ENTRY(types, T, KV, DP)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(kDecodeThreads) attention_decode_##types##_##DP(PARAMETERS(T, KV)) { \
-        attention_decode<T, KV, DP>(ARGUMENTS);                                                                       \
-    }
-#define ENTRIES(DP) ENTRY(bf16, bf16, bf16, DP) ENTRY(f16, f16, f16, DP) ENTRY(bf16_e4m3, bf16, u8, DP)
-#ifdef HEAD_DIM
-ENTRIES(HEAD_DIM)
-#else
-ENTRIES(64) ENTRIES(96) ENTRIES(128) ENTRIES(256)
+#if !defined(HEAD_DIM) || HEAD_DIM == 64
+extern "C" __global__ void __launch_bounds__(128, 3) attention_decode_bf16_64(PARAMETERS(bf16, bf16)) {
+    attention_decode<bf16, bf16, 64>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(128, 3) attention_decode_f16_64(PARAMETERS(f16, f16)) {
+    attention_decode<f16, f16, 64>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(128, 3) attention_decode_bf16_e4m3_64(PARAMETERS(bf16, u8)) {
+    attention_decode<bf16, u8, 64>(ARGUMENTS);
+}
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 96
+extern "C" __global__ void __launch_bounds__(128, 3) attention_decode_bf16_96(PARAMETERS(bf16, bf16)) {
+    attention_decode<bf16, bf16, 96>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(128, 3) attention_decode_f16_96(PARAMETERS(f16, f16)) {
+    attention_decode<f16, f16, 96>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(128, 3) attention_decode_bf16_e4m3_96(PARAMETERS(bf16, u8)) {
+    attention_decode<bf16, u8, 96>(ARGUMENTS);
+}
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 128
+extern "C" __global__ void __launch_bounds__(128, 3) attention_decode_bf16_128(PARAMETERS(bf16, bf16)) {
+    attention_decode<bf16, bf16, 128>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(128, 3) attention_decode_f16_128(PARAMETERS(f16, f16)) {
+    attention_decode<f16, f16, 128>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(128, 3) attention_decode_bf16_e4m3_128(PARAMETERS(bf16, u8)) {
+    attention_decode<bf16, u8, 128>(ARGUMENTS);
+}
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 256
+extern "C" __global__ void __launch_bounds__(128, 2) attention_decode_bf16_256(PARAMETERS(bf16, bf16)) {
+    attention_decode<bf16, bf16, 256>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(128, 2) attention_decode_f16_256(PARAMETERS(f16, f16)) {
+    attention_decode<f16, f16, 256>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(128, 2) attention_decode_bf16_e4m3_256(PARAMETERS(bf16, u8)) {
+    attention_decode<bf16, u8, 256>(ARGUMENTS);
+}
 #endif
 extern "C" __global__ void attention_join_bf16(PARAMETERS(bf16, bf16)) { attention_join<bf16, bf16>(ARGUMENTS); }
 extern "C" __global__ void attention_join_f16(PARAMETERS(f16, f16)) { attention_join<f16, f16>(ARGUMENTS); }

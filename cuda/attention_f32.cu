@@ -6,12 +6,12 @@
 //   block_tables [S, table_stride] int32;  items [n, 8] int32, any number of rows each
 //
 // Rows and what they see are attention_tile.cuh's; the order of sums is simpler. A warp owns a row and walks its tokens
-// in groups of 32 at absolute positions 0, 32, 64 …: lane t scores token t (d ascending), the warp finds the maximum and
-// the sum of weights, then lane i adds up columns i, i + 32, … (t ascending). A row's bits follow from its own sequence
-// alone, and it touches nothing it does not see, not even multiplied by 0.
+// in groups of 32 at absolute positions 0, 32, 64 …: lane t scores token t (d ascending), the warp finds the maximum
+// and the sum of weights, then lane i adds up columns i, i + 32, … (t ascending). A row's bits follow from its own
+// sequence alone, and it touches nothing it does not see, not even multiplied by 0.
 //
-// Grid (KVH, n), 256 threads: block (i, j) owns item j's rows of KV head i, a warp every eighth. No shared memory. Reads
-// 8·D bytes of K and V per token, KV head and *row*. Reference: ReferenceOps.attention.
+// Grid (KVH, n), 256 threads: block (i, j) owns item j's rows of KV head i, a warp every eighth. No shared memory.
+// Reads 8·D bytes of K and V per token, KV head and *row*. Reference: ReferenceOps.attention.
 #include "attention_tile.cuh"
 
 constexpr int kLaneColumns = 8;  // of a lane, for D = 256

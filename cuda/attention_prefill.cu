@@ -1,26 +1,26 @@
-// attention_prefill: paged attention of many rows per sequence on tensor cores; arithmetic as in attention_tile.cuh.
+// attention_prefill: paged attention of many rows per sequence on tensor cores; its arithmetic is attention_tile.cuh's.
 //
-//   q, out [T, H·D] of T, rows q_stride and out_stride elements apart; H = G · KVH, D a multiple of 8 up to DP
-//   k_cache, v_cache [blocks, KVH, 16, D] of this layer (kv_cache.cuh), of T or E4M3; k_scales, v_scales [KVH] float32
-//   for E4M3, else null;  block_tables [S, table_stride] int32;  items [n, 8] int32, at most 128 rows each (D > 128: 64)
+//   q, out [T, H·D] of T, rows q_stride and out_stride elements apart, at multiples of 4 bytes; H = G · KVH
+//   k_cache, v_cache [blocks, KVH, 16, D] of this layer (kv_cache.cuh), of T or E4M3, D a multiple of 8 up to DP
+//   k_scales, v_scales [KVH] float32 for E4M3, else null;  block_tables [S, table_stride] int32
+//   items [n, 8] int32 (AttentionItem), at most 128 rows each (D > 128: 64): chunks of several sequences in one launch
 //   deterministic: 1 joins splits as decode does, 0 takes all tiles as one split
 //
-// Grid (KVH, n): block (i, j) owns item j, rows of one sequence that read KV head i: the group's query heads share each
-// K and V tile. 256 threads (D > 128: 128); warp w owns rows [16 w, + 16) from queries to output and goes over the tiles
-// of 64 tokens that the block's rows see, without those its own rows do not. Queries, weights and sums stay in registers;
-// cp.async brings the next tile while this one is worked on (D > 128: one stage, no overlap within the block).
+// Grid (KVH, n): block (i, j) owns item j's rows of KV head i; the group's query heads share each K and V tile. 256
+// threads (D > 128: 128). Warp w owns rows [16 w, + 16) from queries to output and goes over the tiles of 64 tokens
+// that the block's rows see, passing those its own rows do not. Queries, weights and sums stay in registers; cp.async
+// brings the next tile while this one is worked on (D > 128: one stage, no overlap within the block).
 //
-// Per tile and warp 128 MMA (D = 128) beside some 350 other operations; 32 KB of K and V serve 128 rows: 8 FLOP a byte
-// of L2 and row. Shared memory at D = 128: 68 KB, with E4M3 50; D = 256: 66 and 98 KB. Reads K and V of a sequence once
-// per 128 rows.
+// Moves 4·D bytes of K and V per token (16 bits) and 128 rows, through L2; q and out once. Shared memory: 68 KB at
+// D = 128, with E4M3 50; 66 and 98 KB at D = 256. Per tile and warp 128 MMA among ~870 instructions (D = 128, sm_90):
+// issue slots are the limit on an H200, at 59 % of its tensor cores by count; on sm_80 to 89 the tensor cores are.
 //
-// deterministic = 1 makes a row's bits those of attention_decode, whatever the chunk and wherever it is cut. It costs
-// two operations per output element and split: at D = 128 128 per thread, every tile below 1024 tokens (~15 % of a tile's
-// work, where attention itself is little), every second, fourth, eighth from 1024, 4096, 16384 on (~2 %); and the
-// registers that hold the total, which D > 128 keeps in local memory. With 0 only the order of sums differs.
-// Limits: as for decode; 16 rows to a warp, so ldmatrix feeds each MMA: about half of an H200's tensor cores, where a
-// wgmma kernel belongs beside this one for prompts of many thousand tokens.
-// Unproven without hardware: speed; that an MMA row's bits do not depend on the other rows. Reference:
+// deterministic = 1 makes a row's bits those of attention_decode, whatever the chunk and wherever it is cut. Ending a
+// split costs ~230 instructions per warp (D = 128): 27 % of a tile for each tile below position 1024, where attention
+// itself is little, 13, 7 and 3 % from 1024, 4096, 16384 on. With 0 only the order of sums differs, and the total lies
+// idle; D = 64 and 128 keep part of it, D = 256 all, in local memory (tests/test_cuda_compile.py counts it as spills).
+// Limits: as for decode; no wgmma: for long prompts on Hopper such a kernel belongs beside this one.
+// Hardware must still prove: speed; that an MMA's rows get the same bits whatever the others hold. Reference:
 // ReferenceOps.attention.
 #include "attention_tile.cuh"
 
@@ -53,7 +53,7 @@ struct PrefillRows {
     float o[kColumns][4] = {};
     float total_maximum[2] = {kLowest, kLowest}, total_sum[2] = {}, total[kColumns][4] = {};
 
-    // Whether a row sees the first token of [begin, end) and the last; whether it sees any.
+    // Whether a row sees all the tokens [begin, end), or any.
     static __device__ __forceinline__ bool sees_all(Tokens seen, int begin, int end) {
         return begin >= seen.begin && end <= seen.end;
     }
@@ -116,8 +116,8 @@ struct PrefillRows {
     }
 };
 
-// Brings `tile` into place for all warps and starts on the next. At the first call that tile's copy is under way already,
-// unless there is but one stage to copy into.
+// Brings `tile` into place for all warps and starts on the next. The first tile's copy is under way already, unless
+// there is but one stage to copy into.
 template <class Tiles, int kStages>
 __device__ __forceinline__ void next_tile(const Tiles& tiles, int tile, int end) {
     const auto copy = [&](int of) {
@@ -191,18 +191,55 @@ __device__ __forceinline__ void attention_prefill(const PrefillArgs<T, KV>& a) {
             rows.store(half, value_scale, a.out + row_offset(item, own_row(half), G, kv_head, a.D, a.out_stride), a.D);
 }
 
-// attention_prefill_<q's type>[_e4m3]_<DP>, D up to DP. With -DHEAD_DIM=<DP> for that DP alone.
-#define ENTRY(types, T, KV, DP)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(DP <= 128 ? 256 : 128, DP <= 64 ? 2 : 1) attention_prefill_##types##_##DP(              \
-        const T* q, i64 q_stride, const KV* k_cache, const KV* v_cache, const int* block_tables, int table_stride,     \
-        const int* items, int H, int KVH, int D, float scale, int window, const float* k_scales,                       \
-        const float* v_scales, int deterministic, T* out, i64 out_stride) {                                            \
-        attention_prefill<T, KV, DP>({q, q_stride, k_cache, v_cache, block_tables, table_stride, items, H, KVH, D,     \
-                                      scale, window, k_scales, v_scales, deterministic, out, out_stride});             \
-    }
-#define ENTRIES(DP) ENTRY(bf16, bf16, bf16, DP) ENTRY(f16, f16, f16, DP) ENTRY(bf16_e4m3, bf16, u8, DP)
-#ifdef HEAD_DIM
-ENTRIES(HEAD_DIM)
-#else
-ENTRIES(64) ENTRIES(96) ENTRIES(128) ENTRIES(256)
+// attention_prefill_<q's type>[_e4m3]_<DP>, D up to DP (with -DHEAD_DIM=<DP> that one alone).
+#define PARAMETERS(T, KV)                                                                                             \
+    const T *q, i64 q_stride, const KV *k_cache, const KV *v_cache, const int *block_tables, int table_stride,        \
+        const int *items, int H, int KVH, int D, float scale, int window, const float *k_scales,                      \
+        const float *v_scales, int deterministic, T *out, i64 out_stride
+#define ARGUMENTS                                                                                                     \
+    {q, q_stride, k_cache, v_cache, block_tables, table_stride, items, H, KVH, D, scale, window, k_scales, v_scales,  \
+     deterministic, out, out_stride}
+#if !defined(HEAD_DIM) || HEAD_DIM == 64
+extern "C" __global__ void __launch_bounds__(256, 2) attention_prefill_bf16_64(PARAMETERS(bf16, bf16)) {
+    attention_prefill<bf16, bf16, 64>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(256, 2) attention_prefill_f16_64(PARAMETERS(f16, f16)) {
+    attention_prefill<f16, f16, 64>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(256, 2) attention_prefill_bf16_e4m3_64(PARAMETERS(bf16, u8)) {
+    attention_prefill<bf16, u8, 64>(ARGUMENTS);
+}
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 96
+extern "C" __global__ void __launch_bounds__(256, 1) attention_prefill_bf16_96(PARAMETERS(bf16, bf16)) {
+    attention_prefill<bf16, bf16, 96>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(256, 1) attention_prefill_f16_96(PARAMETERS(f16, f16)) {
+    attention_prefill<f16, f16, 96>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(256, 1) attention_prefill_bf16_e4m3_96(PARAMETERS(bf16, u8)) {
+    attention_prefill<bf16, u8, 96>(ARGUMENTS);
+}
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 128
+extern "C" __global__ void __launch_bounds__(256, 1) attention_prefill_bf16_128(PARAMETERS(bf16, bf16)) {
+    attention_prefill<bf16, bf16, 128>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(256, 1) attention_prefill_f16_128(PARAMETERS(f16, f16)) {
+    attention_prefill<f16, f16, 128>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(256, 1) attention_prefill_bf16_e4m3_128(PARAMETERS(bf16, u8)) {
+    attention_prefill<bf16, u8, 128>(ARGUMENTS);
+}
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 256
+extern "C" __global__ void __launch_bounds__(128, 1) attention_prefill_bf16_256(PARAMETERS(bf16, bf16)) {
+    attention_prefill<bf16, bf16, 256>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(128, 1) attention_prefill_f16_256(PARAMETERS(f16, f16)) {
+    attention_prefill<f16, f16, 256>(ARGUMENTS);
+}
+extern "C" __global__ void __launch_bounds__(128, 1) attention_prefill_bf16_e4m3_256(PARAMETERS(bf16, u8)) {
+    attention_prefill<bf16, u8, 256>(ARGUMENTS);
+}
 #endif

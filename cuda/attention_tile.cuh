@@ -1,27 +1,28 @@
 // Attention's arithmetic and data paths, shared by attention_decode.cu and attention_prefill.cu so that both give a row
-// the same bits. A row is a (token, query head of the KV head's group) pair: row = token · G + head, G = H / KVH.
+// the same bits. A row is a (token, query head) pair of one KV head's group: row = token · G + head, G = H / KVH.
 //
-// A row at position p of its sequence sees tokens max(0, p − window + 1) … p of the paged cache (kv_cache.cuh), in tiles
-// of 64 tokens that begin at absolute positions 0, 64, 128 …. Over the tiles it keeps a maximum m (of scores in units of
+// A row at position p of its sequence sees tokens max(0, p − window + 1) … p of the paged cache (kv_cache.cuh), in
+// tiles of 64 that begin at absolute positions 0, 64, 128 …. Over the tiles it keeps a maximum m of scores (in units of
 // log2), a sum l of weights and a sum o [D] of weighted values, all fp32, from m = −3.4e38, l = 0, o = 0:
 //
-//   s_t = Σ_d q_d k_td                       mma m16n8k16, fp32 accumulators, k steps of 16 with d ascending
+//   s_t = Σ_d q_d k_td                       mma m16n8k16, fp32 accumulators, d ascending in steps of 16
 //   m'  = max(m, max_t s_t · c)              c = scale · log2 e (· k_scale); unseen tokens have s_t = −inf
 //   w_t = 2^(s_t · c − m')                   one fma, exp2f (2 ulp)
-//   l   = l · 2^(m − m') + Σ_t w_t           of a quad's lanes apart, within a lane (t0 + t1) + (t2 + t3), of pairs alike
-//   o   = o · 2^(m − m') + Σ_t w_t v_t       w_t rounded to v's type; mma m16n8k16, t ascending
+//   l   = l · 2^(m − m') + Σ_t w_t           in four parts, one per lane of a quad; within it as weigh, sum_of_four
+//   o   = o · 2^(m − m') + Σ_t w_t v_t       w_t rounded to v's type; mma m16n8k16, t ascending in steps of 16
 //
-// Runs of tiles ("splits") begin at fixed absolute positions, see split_of_tile. A split starts anew; its (m, l, o) joins
-// the total (M, L, O) of the splits before it, in ascending order (join_factors); the row ends as O / L (· v_scale).
+// Runs of tiles ("splits") begin at fixed absolute positions (split_of_tile). A split starts anew; its (m, l, o) joins
+// the total (M, L, O) of the splits before it, in ascending order (join_factors); a row ends as O / L (· v_scale).
 // A tile or split of which a row sees nothing changes no bit of it, rows of an MMA do not meet, and where splits and
 // tiles begin follows from positions alone. So a row's bits follow from its own sequence, not from who computes it.
 //
-// Exact products, fp32 sums: against float64 the weights' rounding (up to 2^-8 of each in bf16, 2^-11 in f16) and the
-// result's own dominate. A NaN or infinite V reaches earlier rows of its own sequence that share its tile (0 · inf); K does not.
+// Against float64: products are exact and sums fp32, so the rounding of the weights (up to 2^-8 of each in bf16, 2^-11
+// in f16) and of the result (the same) is nearly all there is. A NaN or infinite V also reaches earlier rows of its own
+// sequence that share its tile, as 0 · inf; K and other sequences never do.
 //
 // KV types: T itself, or E4M3 codes (u8): k = k_scale[head] · code, v = v_scale[head] · code, fp32 scales per layer and
-// KV head, fixed for the cache's life; the writer stores e4m3(x / scale), nearest even, clamped to ±448. Codes widen to T
-// exactly on their way to the tile. The NaN codes read as ±480: writers must flag NaN themselves.
+// KV head, fixed for the cache's life; writers store e4m3(x / scale), nearest even, clamped to ±448. Codes widen to T
+// exactly on their way into the tile. The two NaN codes read as ±480: writers must flag NaN themselves.
 #pragma once
 
 #include "kv_cache.cuh"
@@ -31,7 +32,7 @@ constexpr int kTileTokens = 64;  // 4 blocks; 8 independent MMA chains in a warp
 constexpr float kLowest = -3.40282347e38f;  // not −inf: a difference of two maxima must not be NaN
 constexpr float kLog2E = 1.44269504f;
 
-// ---- splits ----------------------------------------------------------------------------------------------------------
+// ---- splits ---------------------------------------------------------------------------------------------------------
 
 // 1, 2, 4, 8 tiles long from positions 0, 1024, 4096, 16384 on: a short context spreads over many blocks (8 per KV head
 // at 512 tokens), a long one has few partial results (4 bytes · G · D per split beside 4 · D per token).
@@ -49,7 +50,7 @@ __device__ __forceinline__ int first_tile_of_split(int split) {
     return 8 * (split - 56);
 }
 
-// How a total and a split that joins it are scaled: O = O · total + o · split, L alike. `maximum` becomes the greater.
+// How a total and the split that joins it are scaled: O · total + o · split, L alike. `maximum` becomes the greater.
 struct JoinFactors {
     float total, split;
 };
@@ -67,7 +68,7 @@ __device__ __forceinline__ float finished(float total, float per_sum) {
     return __fadd_rn(__fmul_rn(total, per_sum), 0.0f);
 }
 
-// ---- who sees what ---------------------------------------------------------------------------------------------------
+// ---- who sees what --------------------------------------------------------------------------------------------------
 
 // A block's share of the work; [n, 8] int32 in memory, made by plan_attention. Rows count from the sequence's first new
 // token, which is row first_token of q and out and stands at `position`. An item without rows is padding.
@@ -76,7 +77,8 @@ struct AttentionItem {
     int first_partial;  // decode: where the item's partial results begin
 };
 __device__ __forceinline__ AttentionItem load_item(const int* items, int index) {
-    const int4 a = reinterpret_cast<const int4*>(items)[2 * index], b = reinterpret_cast<const int4*>(items)[2 * index + 1];
+    const int4* item = reinterpret_cast<const int4*>(items) + 2 * index;
+    const int4 a = item[0], b = item[1];
     return {a.x, a.y, a.z, a.w, b.x, b.y};
 }
 
@@ -100,7 +102,7 @@ __device__ __forceinline__ i64 row_offset(const AttentionItem& item, int row, in
     return (item.first_token + index / G) * stride + static_cast<i64>(kv_head * G + index % G) * D;
 }
 
-// ---- K and V through shared memory -----------------------------------------------------------------------------------
+// ---- K and V through shared memory ----------------------------------------------------------------------------------
 
 // Four E4M3 codes as the 16-bit numbers they are. The bits are placed so that the exponent field is right but for the
 // bias, which a multiplication mends exactly, subnormals included.
@@ -222,7 +224,7 @@ struct KvTiles {
     }
 };
 
-// ---- products --------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 // Fragments as in mma.cuh: of a 16-row tile a lane has rows g and g + 8, and of every 8 columns 2 q and 2 q + 1.
 
 __device__ __forceinline__ void multiply(bf16, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -280,7 +282,7 @@ __device__ __forceinline__ void add_values(float (&o)[n][4], const u32 (&weights
         }
 }
 
-// ---- scores to weights -----------------------------------------------------------------------------------------------
+// ---- scores to weights ----------------------------------------------------------------------------------------------
 
 // −inf for the tokens that rows g and g + 8 do not see, whatever their score; `token` is the first column's.
 template <int n>
