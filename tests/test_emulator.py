@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from engine.ops.gpu import elf, sources
 from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule, Order, Schedule
 
 KERNELS = Path(__file__).parent / "emulator_kernels"
+F32, U32, I32 = np.float32, np.uint32, np.int32
 BUILDS = {"fast": False, "checking": True}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator runs on Linux")
@@ -148,9 +150,72 @@ def test_pipeline_of_bulk_copies(correct: EmulatedModule, schedule: Schedule) ->
     np.testing.assert_array_equal(out, x.sum(0)[::-1])
 
 
+def rounded_once(a: Any, b: Any, c: Any, dtype: Any) -> np.ndarray:
+    """a·b + c in exact arithmetic, rounded to the nearest number of a 16-bit dtype, ties to even."""
+    result = []
+    for x, y, z in zip(a, b, c, strict=True):
+        exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+        near = int(np.array(float(exact), dtype).view(np.uint16))
+        around = np.array([near - 1, near, near + 1], np.uint16).view(dtype).astype(np.float64)
+        order = [(abs(Fraction(value) - exact), (near + i) % 2, near + i) for i, value in enumerate(around, -1)]
+        result.append(min(order)[2])
+    return np.array(result, np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "bits"), [("fma_bf16", ml_dtypes.bfloat16, (4, 4)), ("fma_f16", np.float16, (5, 6))]
+)
+def test_half_precision_fma_rounds_once(name: str, dtype: Any, bits: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    # Products of numbers with these many fractional bits lie half-way between two of the dtype: a c too small for an
+    # fp32 sum decides, and rounding twice would lose it.
+    a, b = (1 + (2 * random.integers(0, 2 ** (n - 1), 1024) + 1) / 2**n for n in bits)
+    c = random.choice([-1, 1], 1024) * np.exp2(random.integers(-24, 3, 1024)) * random.uniform(1, 2, 1024)
+    c[:256] = random.choice([-1, 0, 1], 256) * 2.0**-24
+    a, b, c = (values.astype(dtype) for values in (a, b, c))
+    out = np.zeros(1024, dtype)
+    module("correct.cu", False).launch(name, (4, 1, 1), (256, 1, 1), 0, [a, b, c, out])
+    np.testing.assert_array_equal(out.view(np.uint16), rounded_once(a, b, c, dtype))
+
+
+def test_integer_intrinsics(correct: EmulatedModule) -> None:
+    x = np.random.default_rng(0).integers(0, 2**32, (16, 2), dtype=np.uint32)
+    x[3] = 0, 0xFFFFFFFF
+    f = np.array(
+        [0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 1e20, -1e20, np.nan, np.inf, -np.inf, 3e9, 2147483520, 7, -7, 0.0], F32
+    )
+    out = np.zeros((16, 10), np.uint32)
+    correct.launch("integer_intrinsics", (1, 1, 1), (16, 1, 1), 0, [x, f, out])
+
+    def signed_bytes(word: int) -> list[int]:
+        return np.array([word], np.uint32).view(np.int8).tolist()
+
+    def saturated(value: float, low: int, high: int) -> int:
+        return 0 if np.isnan(value) else int(max(low, min(high, np.rint(np.float64(value)))))
+
+    for i, (a, b) in enumerate(x.tolist()):
+        both = b << 32 | a
+        byte = [both >> 8 * k & 255 for k in range(8)]
+        permuted = [byte[4], byte[1], 255 * (byte[2] >> 7), byte[7]]  # 0x7a14: a is byte 2's sign
+        dot = sum(p * q for p, q in zip(signed_bytes(a), signed_bytes(b), strict=True)) - 3
+        low, high = a >> i, a << i & 0xFFFFFFFF
+        expected = [
+            int.from_bytes(bytes(permuted), "little"),
+            int(f"{a:032b}"[::-1], 2),
+            both << i >> 32 & 0xFFFFFFFF,
+            both >> i & 0xFFFFFFFF,
+            dot % 2**32,
+            32 - low.bit_length(),
+            (high & -high).bit_length(),
+            a * b >> 32,
+            saturated(f[i], -(2**31), 2**31 - 1) % 2**32,
+            saturated(f[i], 0, 2**32 - 1),
+        ]
+        assert out[i].tolist() == expected, i
+
+
 # --- Planted bugs -----------------------------------------------------------------------------------------------------
 
-F32, U32, I32 = np.float32, np.uint32, np.int32
 RACE, UNWRITTEN, BOUNDS = "data race", "uninitialised", "out of bounds"
 SOURCE_LINE = r"bugs\.cu:\d+"
 

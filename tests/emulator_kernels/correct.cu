@@ -204,6 +204,36 @@ extern "C" __global__ void bulk_pipeline(const int* x, int* out, int tiles) {
     }
 }
 
+// --- Intrinsics ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+__device__ void fused_multiply_add(const T* a, const T* b, const T* c, T* out) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    out[i] = __hfma(a[i], b[i], c[i]);
+}
+extern "C" __global__ void fma_bf16(const __nv_bfloat16* a, const __nv_bfloat16* b, const __nv_bfloat16* c, __nv_bfloat16* out) {
+    fused_multiply_add(a, b, c, out);
+}
+extern "C" __global__ void fma_f16(const __half* a, const __half* b, const __half* c, __half* out) {
+    fused_multiply_add(a, b, c, out);
+}
+
+/// out[thread] holds ten results; test_emulator.py states each.
+extern "C" __global__ void integer_intrinsics(const unsigned* x, const float* f, unsigned* out) {
+    unsigned a = x[2 * threadIdx.x], b = x[2 * threadIdx.x + 1];
+    unsigned* mine = out + 10 * threadIdx.x;
+    mine[0] = __byte_perm(a, b, 0x7a14);
+    mine[1] = __brev(a);
+    mine[2] = __funnelshift_l(a, b, threadIdx.x);
+    mine[3] = __funnelshift_r(a, b, threadIdx.x);
+    mine[4] = unsigned(__dp4a(int(a), int(b), -3));
+    mine[5] = unsigned(__clz(int(a >> threadIdx.x)));
+    mine[6] = unsigned(__ffs(int(a << threadIdx.x)));
+    mine[7] = __umulhi(a, b);
+    mine[8] = unsigned(__float2int_rn(f[threadIdx.x]));
+    mine[9] = __float2uint_rn(f[threadIdx.x]);
+}
+
 // --- Shapes of arguments -----------------------------------------------------------------------------------------------
 
 extern "C" __global__ void every_kind(const float* absent, double* out, signed char a, unsigned short b, long long c,
