@@ -399,7 +399,7 @@ def dumped(source, arch, folder):
     """Text of cuobjdump -sass by kernel, and of -res-usage."""
     image = compiling.cubin(source, arch).read_bytes()
     path = Path(folder) / f"{Path(source).stem}-{arch}.cubin"
-    path.write_bytes(image + b"\0")  # CuPy drops the last byte of an image, a padding zero that cuobjdump misses
+    path.write_bytes(image)
     command = [tool("cuobjdump"), str(path)]
     sass, usage = (
         subprocess.run([*command, option], capture_output=True, text=True, check=True).stdout

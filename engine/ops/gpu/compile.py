@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,14 @@ def compile_source(path: Path, options: Sequence[str]) -> bytes:
         raise DeviceError(f"NVRTC refuses {path.name} ({problem}; {' '.join(options)}):\n{log}") from problem
     finally:
         nvrtc.destroyProgram(program)
-    return image
+    return _completed(image)
+
+
+def _completed(image: bytes) -> bytes:
+    """CuPy hands an image out without its last byte, as it does PTX, whose text ends in a zero. Ours is the last one of
+    the program headers, which a cubin ends with."""
+    offset, entry, count = (*struct.unpack_from("<Q", image, 32), *struct.unpack_from("<HH", image, 54))
+    return image.ljust(offset + entry * count, b"\0")
 
 
 def _nvrtc() -> ModuleType:
