@@ -24,7 +24,8 @@ __device__ __forceinline__ uint4 in_order(const u32 (&pairs)[4]) {
     return permuted ? make_uint4(low[0], low[1], high[0], high[1]) : make_uint4(low[0], high[0], low[1], high[1]);
 }
 
-template <class Codes, class T, bool permuted, int kWarps>
+// kUnits: units of 16 rows a warp dequantises.
+template <class Codes, class T, bool permuted, int kUnits>
 struct Fp4Tile {
     static constexpr bool kCopied = false;
     static constexpr int kWords = Codes::kScaleWords, kUnitBytes = 2 * kHalfTileBytes + 4 * kTileRows * kWords;
@@ -37,7 +38,6 @@ struct Fp4Tile {
 
     // A warp's units of 16 rows: this 128 k and, on their way, the next.
     struct Dequantiser {
-        static constexpr int kUnits = kTileN / kTileRows / kWarps;
         struct Unit {
             uint4 low, high;
             u32 low_scale[kWords], high_scale[kWords];
@@ -106,18 +106,26 @@ struct Fp4Tile {
 };
 
 // ---- activations in FP4 as bf16 ----------------------------------------------------------------------------------------
-// One path of an operand [M, K] (arrays as in SharqOperand and Fp4Matrix), K a multiple of 128, in the order `permuted`.
+// One path of an operand [M, K] (arrays as in SharqOperand and Fp4Matrix), K a multiple of 128, in the order `permuted`; a
+// sparse backbone, which comes with metadata, too: zeros where nothing was kept.
 // Grid: rows of eight k over blocks of any number of threads. Bytes: .56 in and 2 out a value.
 
 template <class Codes, bool permuted>
-__device__ __forceinline__ void expand_dense(const u8* codes, const void* scale, int block, bf16* out, int M, int K) {
+__device__ __forceinline__ void expand_dense(const u8* codes, const u8* metadata, const void* scale, int block, bf16* out,
+                                             int M, int K) {
     const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= static_cast<i64>(M) * K / 8) return;
     const int k = static_cast<int>(i * 8 % K);
     const i64 t = i * 8 / K;
-    u32 pairs[4];
+    u32 word, pairs[4];
+    if (metadata) {
+        const i64 bit = i * Codes::kMetadataBits;
+        word = Codes::expand(reinterpret_cast<const unsigned short*>(codes)[i], metadata[bit / 8] >> bit % 8);
+    } else {
+        word = reinterpret_cast<const u32*>(codes)[i];
+    }
     const u32 of_block = static_cast<const typename Codes::InputScale*>(scale)[t * (K / block) + k / block];
-    Codes::input_values(reinterpret_cast<const u32*>(codes)[i], of_block, k / 8 % 8, pairs);
+    Codes::input_values(word, of_block, k / 8 % 8, pairs);
     reinterpret_cast<uint4*>(out)[i] = in_order<permuted>(pairs);
 }
 
@@ -170,7 +178,7 @@ __device__ __forceinline__ void expand_sparse(const u8* codes, const u8* metadat
 template <class Codes, class T, Paths paths, int kWarpsM>
 __device__ __forceinline__ void fp4_tile(const TileInput& input, TILE_PARAMETERS) {
     constexpr bool kSparse = paths == Paths::sparse || paths == Paths::sparse_and_dense;
-    using Weight = Fp4Tile<Codes, T, kSparse && Codes::kMetadataBits == 4, 4 * kWarpsM>;
+    using Weight = Fp4Tile<Codes, T, kSparse && Codes::kMetadataBits == 4, 2 / kWarpsM>;
     const Weight weight = {units, N, fp4_units_along_k(K)};
     const Epilogue epilogue = {power_of_two(Codes::template kValuePower<T>), token_scale, row_scale, bias, residual, out,
                                out_type, N};
@@ -187,8 +195,9 @@ __device__ __forceinline__ void fp4_tile(const TileInput& input, TILE_PARAMETERS
     TILE_ENTRY(name, Codes, T, paths, 1)     \
     TILE_ENTRY(name, Codes, T, paths, 2)
 #define EXPAND_ENTRY(name, Codes, permuted)                                                                          \
-    extern "C" __global__ void expand_##name(const u8* codes, const void* scale, int block, bf16* out, int M, int K) { \
-        expand_dense<Codes, permuted>(codes, scale, block, out, M, K);                                               \
+    extern "C" __global__ void expand_##name(const u8* codes, const u8* metadata, const void* scale, int block,      \
+                                             bf16* out, int M, int K) {                                              \
+        expand_dense<Codes, permuted>(codes, metadata, scale, block, out, M, K);                                     \
     }
 #define FP4_TILE_ENTRIES(format, Codes)                                                                              \
     TILE_ENTRIES(format##_one_bf16, Codes, bf16, Paths::one)                                                         \

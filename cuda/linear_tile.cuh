@@ -206,7 +206,8 @@ __device__ __forceinline__ void add_sums(TileSums& to, const TileSums& sums) {
         to[e / 16][e / 4 % 4][e % 4] = __fadd_rn(to[e / 16][e / 4 % 4][e % 4], sums[e / 16][e / 4 % 4][e % 4]);
 }
 
-// Weights [N, K] of 16 bits, row by row.
+// Weights [N, K] of 16 bits, row by row, kRows to a tile.
+template <int kRows>
 struct RowMajorTile {
     static constexpr bool kCopied = true;
     const void* w;
@@ -217,7 +218,7 @@ struct RowMajorTile {
         __device__ __forceinline__ void fill(u8*, int) {}
     };
     __device__ __forceinline__ void copy(u32 shared, int first_n, int k) const {
-        copy_tile<false>(shared, w, K, first_n, N, k, K, kTileN);
+        copy_tile<false>(shared, w, K, first_n, N, k, K, kRows);
     }
     __device__ __forceinline__ int flush_k(int slice_k) const { return slice_k; }
     __device__ __forceinline__ void add(TileSums& to, const TileSums& sums, int, int) const { add_sums(to, sums); }

@@ -345,13 +345,35 @@ def tile_fp4(operand, matrix, *, kind=None, out_dtype=F32, bias=None, residual=N
     if kind is None:
         kind = "one" if isinstance(operand, Fp4Matrix) else "sparse_and_dense" if operand.sparse else "two"
     M = len(operand.g)
-    shapes = launch_linear.expanded_shapes(kind, M, operand.K)
-    expanded = launch_linear.Expanded(kind, operand.g, **{name: dev.empty(*shape) for name, shape in shapes.items()})
-    for launch in launch_linear.expand(device_operand(operand, dev), weight, expanded):
-        dev.launch(launch)
     out = dev.empty((M, matrix.rows), np.dtype(out_dtype))
     plan = launch_linear.plan_tile(M, matrix.rows, kind, copied_weight=False, sms=sms)
-    dev.launch(launch_linear.fp4_tile(expanded, weight, Output(out, bias, residual), plan))
+    dev.launch(launch_linear.fp4_tile(expanded(operand, weight, kind, dev), weight, Output(out, bias, residual), plan))
+    return out
+
+
+def expanded(operand, weight, kind, dev):
+    shapes = launch_linear.expanded_shapes(kind, len(operand.g), operand.K)
+    made = launch_linear.Expanded(kind, operand.g, **{name: dev.empty(*shape) for name, shape in shapes.items()})
+    for launch in launch_linear.expand(device_operand(operand, dev), weight, made):
+        dev.launch(launch)
+    return made
+
+
+def wgmma(x, weight, *, checked=False):
+    """x rows or an FP4 operand; weight [N, K] bf16 or FP4."""
+    dev = device("sm_90a", checked)
+    N = len(weight) if isinstance(weight, np.ndarray) else weight.rows
+    out = dev.empty((len(x) if isinstance(x, np.ndarray) else len(x.g), N), F32)
+    if isinstance(weight, np.ndarray):
+        launch = launch_linear.wgmma(dev.upload(x), dev.upload(weight), Output(out))
+    else:
+        units = weight_layout.pack_fp4([weight]).on(dev.upload)
+        if isinstance(x, np.ndarray):
+            launch = launch_linear.w4a16_wgmma(dev.upload(x), units, Output(out))
+        else:
+            kind = "one" if isinstance(x, Fp4Matrix) else "two"
+            launch = launch_linear.fp4_wgmma(expanded(x, units, kind, dev), units, Output(out))
+    dev.launch(launch)
     return out
 
 
@@ -439,3 +461,36 @@ def test_bias_and_residual_of_a_tile(kind):
     bias, residual = rng.standard_normal(24).astype(np.float32), rng.standard_normal((3, 24)).astype(BF16)
     expected = ((run(x, weight) + bias) + residual.astype(np.float32)).astype(BF16)
     assert (run(x, weight, out_dtype=BF16, bias=bias, residual=device().upload(residual)) == expected).all()
+
+
+# Narrow tiles, and one wide (N of 4096 and more): a few K, since the emulator takes 0.2 ms for a wgmma.
+WGMMA_SHAPES = [(130, 200, 200), (3, 16, 64), (20, 4104, 72)]
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["fast", "checked"])
+def test_bf16_wgmma(checked):
+    rng = np.random.default_rng(17)
+    for M, N, K in WGMMA_SHAPES:
+        x, w = (rng.standard_normal(shape).astype(BF16) for shape in ((M, K), (N, K)))
+        assert_close(wgmma(x, w, checked=checked), x.astype(np.float64) @ w.astype(np.float64).T, 2e-6)
+
+
+@each_format
+def test_fp4_wgmma(format, block):
+    """W4A16 with wide and narrow tiles, FP4 activations in one path, and SharQ's two."""
+    rng = np.random.default_rng(18)
+    for M, N, K in ((130, 150, 704), (3, 4104, 64)):
+        matrix = fp4_matrix(rng, N, K, format, block)
+        x = rng.standard_normal((M, K)).astype(BF16)
+        assert_close(wgmma(x, matrix), x.astype(np.float64) @ dequantized(matrix).T, 2e-6)
+        for operand in (REFERENCE.prepare_fp4(x, format=format), REFERENCE.prepare_sharq(x, format=format)):
+            assert_close(wgmma(operand, matrix), exact(operand, matrix), 2e-6)
+
+
+def test_a_token_has_the_same_bits_in_every_wgmma():
+    rng = np.random.default_rng(19)
+    matrix = fp4_matrix(rng, 40, 320, "nvfp4", 32)
+    operand = REFERENCE.prepare_sharq(rng.standard_normal((140, 320)).astype(BF16))
+    together = wgmma(operand, matrix)
+    for rows in (slice(0, 1), slice(139, 140), slice(60, 133)):
+        assert (wgmma(take(operand, rows), matrix) == together[rows]).all()

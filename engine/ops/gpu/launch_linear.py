@@ -254,25 +254,25 @@ def expanded_shapes(kind: Kind, M: int, K: int) -> dict[str, tuple[tuple[int, ..
 
 def expand(operand: Any, weight: Fp4Units, to: Expanded) -> list[Launch]:
     """Launches that fill `to` from an operand as `fp4_decode` takes it. kind "one": a single path, or the residual of a
-    SharQ operand; "sparse": its backbone."""
+    SharQ operand; "two": both of its paths, the backbone dense or made so; "sparse": its sparse backbone."""
     name, permuted = fp4_name(weight), to.kind.startswith("sparse") and weight.format != "hif4"
     dense = f"{name}_{'permuted' if permuted else 'dense'}"
     if not hasattr(operand, "residual"):
-        return [_expand_dense(dense, name, operand.payload, operand.scale, to.first)]
+        return [_expand_dense(dense, name, operand.payload, None, operand.scale, to.first)]
     if to.kind == "one":
-        return [_expand_dense(dense, name, operand.residual, operand.residual_scale, to.first)]
+        return [_expand_dense(dense, name, operand.residual, None, operand.residual_scale, to.first)]
     if to.kind == "two":
-        first = _expand_dense(dense, name, operand.backbone, operand.backbone_scale, to.first)
+        first = _expand_dense(dense, name, operand.backbone, operand.meta, operand.backbone_scale, to.first)
     else:
         first = _expand_sparse(name, operand, to)
     if to.kind == "sparse":
         return [first]
-    return [first, _expand_dense(dense, name, operand.residual, operand.residual_scale, to.second)]
+    return [first, _expand_dense(dense, name, operand.residual, None, operand.residual_scale, to.second)]
 
 
-def _expand_dense(kernel: str, name: str, codes: Any, scale: Any, out: Any) -> Launch:
+def _expand_dense(kernel: str, name: str, codes: Any, metadata: Any, scale: Any, out: Any) -> Launch:
     M, K = out.shape
-    args = [codes, scale, np.int32(K // scale.shape[1]), out, np.int32(M), np.int32(K)]
+    args = [codes, metadata, scale, np.int32(K // scale.shape[1]), out, np.int32(M), np.int32(K)]
     grid = (-(-M * K // 8 // EXPAND_THREADS), 1, 1)
     return Launch(f"linear_{name}_tile.cu", f"expand_{kernel}", grid, (EXPAND_THREADS, 1, 1), 0, args)
 
@@ -323,6 +323,58 @@ def fp4_tile(operand: Expanded, weight: Fp4Units, output: Output, plan: TilePlan
     args = [operand.first, operand.second, operand.metadata, np.int64(K), weight.units, operand.g, weight.g]
     args += _tile_arguments(output, M, weight.N, K)
     return _tile_launch(f"linear_{fp4_name(weight)}_tile.cu", kernel, plan, args)
+
+
+WGMMA_TOKENS, WGMMA_STAGES = 128, 4
+
+
+@dataclass(frozen=True, slots=True)
+class WgmmaPlan:
+    """How cuda/linear_wgmma.cuh cuts M · N."""
+
+    rows: int  # n of a tile
+    grid: tuple[int, int, int]
+    shared: int
+
+
+def plan_wgmma(M: int, N: int, *, paths: int = 1, copied_weight: bool, fp4_input: bool) -> WgmmaPlan:
+    """The order of sums follows from `rows`, so that depends on N and the input's type, not on M."""
+    rows = 128 if fp4_input or N < 4096 else 256
+    stage = WGMMA_TOKENS * 128 * paths + (rows * 128 if copied_weight else 0)
+    pipeline = WGMMA_STAGES * stage + (0 if copied_weight else 3 * rows * 128)
+    shared = max(pipeline, 4 * WGMMA_TOKENS * (rows + RESULT_PADDING))
+    return WgmmaPlan(rows, (-(-M // WGMMA_TOKENS), -(-N // rows), 1), shared)
+
+
+def wgmma(x: Any, w: Any, output: Output) -> Launch:
+    """x [M, K] and w [N, K] bfloat16, w contiguous. Raises InvalidArgument (K, types)."""
+    (M, K), N = x.shape, len(w)
+    if K % 8 or not x.dtype == w.dtype == ml_dtypes.bfloat16:
+        raise InvalidArgument(f"x and w must be bfloat16 and K a multiple of 8; got {x.dtype}, {w.dtype} and K = {K}")
+    plan = plan_wgmma(M, N, copied_weight=True, fp4_input=False)
+    args = [x, row_stride(x), w, *_tile_arguments(output, M, N, K)]
+    return _wgmma_launch("linear_bf16_wgmma.cu", "linear_wgmma_bf16", plan, args)
+
+
+def w4a16_wgmma(x: Any, weight: Fp4Units, output: Output) -> Launch:
+    """x [M, K] bfloat16."""
+    plan = plan_wgmma(len(x), weight.N, copied_weight=False, fp4_input=False)
+    args = [x, None, row_stride(x), weight.units, None, weight.g, *_tile_arguments(output, len(x), weight.N, weight.K)]
+    name = fp4_name(weight)
+    return _wgmma_launch(f"linear_{name}_wgmma.cu", f"linear_wgmma_{name}_one", plan, args)
+
+
+def fp4_wgmma(operand: Expanded, weight: Fp4Units, output: Output) -> Launch:
+    """operand: of kind "one" or "two"."""
+    M, K, name = len(operand.g), padded(weight.K), fp4_name(weight)
+    plan = plan_wgmma(M, weight.N, paths=2 if operand.kind == "two" else 1, copied_weight=False, fp4_input=True)
+    args = [operand.first, operand.second, np.int64(K), weight.units, operand.g, weight.g]
+    args += _tile_arguments(output, M, weight.N, K)
+    return _wgmma_launch(f"linear_{name}_wgmma.cu", f"linear_wgmma_{name}_{operand.kind}", plan, args)
+
+
+def _wgmma_launch(source: str, kernel: str, plan: WgmmaPlan, args: list[Any]) -> Launch:
+    return Launch(source, f"{kernel}_n{plan.rows}", plan.grid, (256, 1, 1), plan.shared, args)
 
 
 def _tile_arguments(output: Output, M: int, N: int, K: int) -> list[Any]:
