@@ -8,12 +8,18 @@ warning, and the engine runs on its NumPy path and says so. ENGINE_REQUIRE_NATIV
 
 A rebuild compiles what changed. Object files are kept in the build directory (ENGINE_BUILD_DIR names another), under a
 lock; the extension is replaced in one step, so a running process keeps the file it loaded.
+
+ENGINE_BUILD_CUDA=1 builds `engine._cuda` too: every kernel of cuda/ compiled by nvcc for every architecture, inside one
+extension that needs no driver to be imported. That takes minutes, so it is never done unasked, and what prevents it is
+an error. ENGINE_CUDA_ARCHITECTURES="sm_90a" leaves the others out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -83,7 +89,12 @@ FLAGS = (
     "-Wno-uninitialized",
     "-MMD",
 )
-BUILD_JOBS = min(4, os.cpu_count() or 1)
+BUILD_JOBS = int(os.environ.get("ENGINE_BUILD_JOBS") or min(4, os.cpu_count() or 1))
+
+CUDA_DIR = Path("cuda")
+CUDA_BINDINGS = CUDA_DIR / "bindings.cpp"
+CUDA_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a")
+CUDA_FLAGS = ("-std=c++17", "-cubin")
 
 
 class Compiler:
@@ -164,6 +175,10 @@ class BuildNative(build_ext):
     """Compiles `engine._native`; anything that prevents it becomes one warning."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "engine._cuda":
+            folder = Path(os.environ.get("ENGINE_BUILD_DIR") or self.build_temp) / "engine_cuda"
+            build_cuda(Path(self.get_ext_fullpath(ext.name)), folder)
+            return
         try:
             self._build(Path(self.get_ext_fullpath(ext.name)))
         except (CompileError, OSError, ImportError) as error:
@@ -196,10 +211,102 @@ class BuildNative(build_ext):
         return jobs
 
 
+def build_cuda(target: Path, folder: Path) -> None:
+    """`engine._cuda`: the bindings and a cubin of every kernel file for every architecture."""
+    import pybind11
+
+    nvcc, compiler = find_nvcc(), Compiler()
+    chosen = tuple(os.environ.get("ENGINE_CUDA_ARCHITECTURES", " ".join(CUDA_ARCHITECTURES)).split())
+    if unknown := set(chosen) - set(CUDA_ARCHITECTURES):
+        raise CompileError(
+            f"ENGINE_CUDA_ARCHITECTURES: {', '.join(unknown)}; there are {', '.join(CUDA_ARCHITECTURES)}"
+        )
+    with exclusive(folder):
+        cubins = [Cubin(source, arch, folder) for arch in chosen for source in kernel_sources(arch)]
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        headers = "".join(path.read_text() for path in sorted(CUDA_DIR.glob("*.cuh")))
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # each nvcc is one process on one core
+            list(pool.map(lambda cubin: cubin.compile(nvcc, version + headers), cubins))
+        images = folder / "images.cpp"
+        images.write_text(images_source(cubins))
+        toolkit = Path(nvcc).resolve().parent.parent / "include"
+        includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"), toolkit)]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = [flag for flag in FLAGS if flag != "-MMD"]
+        compiler.run(
+            [*flags, "-shared", f"-I{CUDA_DIR}", *includes, str(CUDA_BINDINGS), str(images), "-ldl", "-Wl,-s"], target
+        )
+
+
+def find_nvcc() -> str:
+    """Of $CUDA_HOME, $CUDA_PATH, PATH or /usr/local/cuda, in this order."""
+    homes = [value for name in ("CUDA_HOME", "CUDA_PATH") if (value := os.environ.get(name))]
+    candidates = [*(f"{home}/bin/nvcc" for home in homes), shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
+        if candidate and os.access(candidate, os.X_OK):
+            return candidate
+    raise CompileError(
+        "ENGINE_BUILD_CUDA=1 needs nvcc of CUDA 12.8 or newer, which is neither in $CUDA_HOME nor on PATH nor in "
+        "/usr/local/cuda; install a CUDA toolkit, or leave ENGINE_BUILD_CUDA unset: kernels are then compiled by NVRTC"
+    )
+
+
+def kernel_sources(arch: str) -> list[Path]:
+    """The kernel files that have anything for `arch`: those named for sm_120 have nothing for others."""
+    found = sorted(CUDA_DIR.glob("*.cu"))
+    return [path for path in found if arch.startswith("sm_12") or not path.stem.endswith("_sm120")]
+
+
+class Cubin:
+    """One kernel file for one architecture."""
+
+    def __init__(self, source: Path, arch: str, folder: Path) -> None:
+        self.source = source
+        self.arch = arch
+        self.path = folder / f"{source.stem}-{arch}.cubin"
+        self.stamp = self.path.with_suffix(".key")
+
+    def compile(self, nvcc: str, context: str) -> None:
+        """Anew where the source or its context, the compiler's version and all headers, changed."""
+        text = "\n".join([context, " ".join(CUDA_FLAGS), self.source.read_text()])
+        key = hashlib.sha256(text.encode()).hexdigest()
+        if self.path.exists() and self.stamp.exists() and self.stamp.read_text() == key:
+            return
+        partial = self.path.with_name(self.path.name + ".partial")
+        command = [nvcc, *CUDA_FLAGS, f"-arch={self.arch}", str(self.source), "-o", str(partial)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        sys.stderr.write(result.stderr)
+        if result.returncode:
+            raise CompileError(f"{shlex.join(command)} failed (output above)")
+        os.replace(partial, self.path)
+        self.stamp.write_text(key)
+
+
+def images_source(cubins: list[Cubin]) -> str:
+    """C++ that puts the cubins into the extension's read-only data, and the table cuda/bindings.cpp reads."""
+    parts = ['#include "images.h"\n']
+    for i, cubin in enumerate(cubins):
+        name = f"engine_image_{i}"
+        parts.append(
+            f'__asm__(".pushsection .rodata\\n.balign 64\\n{name}:\\n.incbin \\"{cubin.path.resolve()}\\"\\n'
+            f'{name}_end:\\n.popsection\\n");\n'
+            f'extern "C" __attribute__((visibility("hidden"))) const char {name}[], {name}_end[];\n'
+        )
+    rows = "".join(
+        f'    {{"{cubin.source.name}", "{cubin.arch}", engine_image_{i}, engine_image_{i}_end}},\n'
+        for i, cubin in enumerate(cubins)
+    )
+    parts.append(f"const Image kImages[] = {{\n{rows}}};\nconst int kImageCount = {len(cubins)};\n")
+    return "".join(parts)
+
+
 os.chdir(ROOT)
 sources = [str(SOURCE_DIR / name) for name in COMMON_SOURCES + KERNEL_SOURCES]
 optional = os.environ.get("ENGINE_REQUIRE_NATIVE") != "1"
+extensions = [Extension("engine._native", sources, optional=optional, language="c++")]
+if os.environ.get("ENGINE_BUILD_CUDA") == "1":
+    extensions.append(Extension("engine._cuda", [str(CUDA_BINDINGS)], language="c++"))
 setup(
-    ext_modules=[Extension("engine._native", sources, optional=optional, language="c++")],
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildNative},
 )

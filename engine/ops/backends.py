@@ -17,25 +17,28 @@ def select_backend(device: str = "auto", threads: int | None = None, *, determin
     """The backend for `device`; threads only concern the CPU (None = physical cores this process may use).
 
     "auto" is the CPU, whose results are proven; "cuda" is asked for by name. "numpy" is the slow, exact definition of
-    every operation. "emulate" runs the CUDA kernels on the CPU as on sm_90, "emulate:sm_120a" as on another
-    architecture: slower still, for tests. deterministic: on a GPU, the same bits in any batch and chunk; CPUs give no
+    every operation. "cuda:extension" takes the kernels from `engine._cuda` instead of compiling them by NVRTC.
+    "emulate" runs the CUDA kernels on the CPU as on sm_90, "emulate:sm_120a" as on another architecture: slower still,
+    for tests. deterministic: on a GPU, the same bits in any batch and chunk; CPUs give no
     others. Raises InvalidArgument for an unknown device, DeviceError for one that cannot be used here.
     """
-    kind, _, arch = device.partition(":")
-    if kind not in DEVICES or (arch and kind != "emulate"):
-        raise InvalidArgument(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}, or emulate:sm_120a")
+    kind, _, variant = device.partition(":")
+    if kind not in DEVICES or (variant and kind not in ("cuda", "emulate")):
+        raise InvalidArgument(
+            f"unknown device {device!r}; choose one of {', '.join(DEVICES)}, or cuda:extension, emulate:sm_120a"
+        )
     if threads is not None and threads < 1:
         raise InvalidArgument(f"threads must be at least 1, not {threads}")
     if kind == "cuda":
         from engine.ops.gpu.backend import GpuOps
         from engine.ops.gpu.cuda_device import CudaDevice
 
-        return GpuOps(CudaDevice(), deterministic=deterministic)
+        return GpuOps(CudaDevice(variant or "nvrtc"), deterministic=deterministic)
     if kind == "emulate":
         from engine.ops.gpu.backend import GpuOps
         from engine.ops.gpu.device import EmulatedDevice
 
-        return GpuOps(EmulatedDevice(arch or _EMULATED), deterministic=deterministic)
+        return GpuOps(EmulatedDevice(variant or _EMULATED), deterministic=deterministic)
     if kind == "numpy":
         from engine.ops.reference import ReferenceOps
 

@@ -1,11 +1,16 @@
-"""A CUDA device through CuPy: memory from its pool, kernels from cubins that NVRTC made for this very architecture.
+"""A CUDA device through CuPy: memory from its pool, kernels from either loader (`engine.ops.gpu.kernel_loaders`).
 
 CuPy's arrays are not used: `GpuArray` is a pointer with a shape, which holds bfloat16 whatever CuPy's version knows.
-All work goes to one stream in order, so a download sees everything launched before it.
+All work goes to one stream in order, so a download sees everything launched before it. Work that repeats can be
+captured into a CUDA graph, which replays it without Python.
+
+Which GPU: the first that CUDA_VISIBLE_DEVICES leaves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from types import ModuleType
 from typing import Any, cast
@@ -14,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import CapacityError, DeviceError, InvalidArgument
-from engine.ops.gpu.compile import cubin
+from engine.ops.gpu.kernel_loaders import make_loader
 from engine.ops.gpu.launch import Launch
 
 _ARCHITECTURES = {
@@ -22,7 +27,6 @@ _ARCHITECTURES = {
     (12, 1): "sm_121a",
 }  # fmt: skip
 _KV_SHARE = 0.9  # of what the weights left; the rest is scratch, and grows with the batch
-_DEFAULT_SHARED = 48 << 10  # dynamic shared memory that a kernel may have without asking
 
 
 class GpuArray:
@@ -72,22 +76,45 @@ class GpuArray:
             raise InvalidArgument(f"{self.size} elements do not make the shape {wanted}")
         return GpuArray(self._memory, self.address, wanted, self.dtype)
 
+    def view(self, dtype: np.dtype[Any]) -> GpuArray:
+        """The same bytes as another dtype of the same size."""
+        if np.dtype(dtype).itemsize != self.itemsize:
+            raise InvalidArgument(f"{self.dtype} and {dtype} differ in size")
+        return GpuArray(self._memory, self.address, self.shape, np.dtype(dtype))
+
+
+class CudaGraph:
+    """Work captured by `CudaDevice.capture`; `run` puts all of it into the device's stream at once.
+
+    It keeps the memory that the work allocated. What the work read and wrote besides is the caller's to keep.
+    """
+
+    def __init__(self, graph: Any, stream: Any, pool: Any) -> None:
+        self._graph = graph
+        self._stream = stream
+        self._pool = pool
+
+    def run(self) -> None:
+        self._graph.launch(self._stream)
+
 
 class CudaDevice:
-    """GPU number `index`. Raises DeviceError where CuPy, a driver, or a GPU the kernels exist for is missing."""
+    """The GPU, with kernels from `loader`. debug: wait after each launch, so that a failure names its kernel.
 
-    def __init__(self, index: int = 0) -> None:
+    sms: its multiprocessors; l2_bytes: its last-level cache; memory_bytes: all it has. Raises DeviceError where CuPy, a
+    driver, the loader, or a GPU the kernels exist for is missing.
+    """
+
+    def __init__(self, loader: str = "nvrtc", *, debug: bool = False) -> None:
         self._cupy = _cupy()
         runtime = self._cupy.cuda.runtime
         try:
             count = runtime.getDeviceCount()
         except runtime.CUDARuntimeError as problem:
             raise DeviceError(f"device 'cuda': no GPU can be used here ({problem}); use device='cpu'") from problem
-        if index >= count:
-            raise DeviceError(f"there is no GPU number {index}; this machine has {count}")
-        self._device = self._cupy.cuda.Device(index)
-        self._device.use()
-        properties = runtime.getDeviceProperties(index)
+        if count < 1:
+            raise DeviceError("device 'cuda': this machine has no GPU, or CUDA_VISIBLE_DEVICES hides it")
+        properties = runtime.getDeviceProperties(0)
         capability = (int(properties["major"]), int(properties["minor"]))
         if capability not in _ARCHITECTURES:
             raise DeviceError(
@@ -95,9 +122,15 @@ class CudaDevice:
                 f"GPU has {capability[0]}.{capability[1]}"
             )
         self.arch = _ARCHITECTURES[capability]
-        self.name = f"{properties['name'].decode()}, {self.arch}, NVRTC"
-        self._kernels: dict[tuple[str, str], Any] = {}
-        self._modules: dict[str, Any] = {}
+        self.sms = int(properties["multiProcessorCount"])
+        self.l2_bytes = int(properties["l2CacheSize"])
+        self.memory_bytes = int(properties["totalGlobalMem"])
+        self._loader = make_loader(loader, self._cupy, self.arch, debug=debug)
+        self.name = f"{properties['name'].decode()}, {self.arch}, {self._loader.name}{', debug' if debug else ''}"
+        self.stream = self._cupy.cuda.Stream(non_blocking=True)
+        self._capturing = False
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> GpuArray:
         nbytes = prod(shape) * dtype.itemsize
@@ -108,36 +141,43 @@ class CudaDevice:
                 f"the GPU has no {nbytes / 2**20:.0f} MiB left ({self.free_bytes() / 2**20:.0f} MiB are free); lower "
                 "max_model_len, max_num_seqs or kv_cache_bytes, or choose a smaller quant"
             ) from problem
-        return GpuArray(memory, memory.ptr, shape, dtype)
+        return GpuArray(memory, int(memory.ptr), shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> GpuArray:
         array = self.empty(shape, dtype)
-        self._cupy.cuda.runtime.memsetAsync(array.address, 0, array.nbytes, self._stream())
+        if array.nbytes:
+            self._cupy.cuda.runtime.memsetAsync(array.address, 0, array.nbytes, self.stream.ptr)
         return array
 
     def upload(self, array: NDArray[Any]) -> GpuArray:
-        host = np.ascontiguousarray(array)
+        host = np.ascontiguousarray(array).reshape(array.shape)
         copy = self.empty(host.shape, host.dtype)
         if host.nbytes:
-            runtime = self._cupy.cuda.runtime
-            runtime.memcpyAsync(copy.address, host.ctypes.data, host.nbytes, runtime.memcpyHostToDevice, self._stream())
-            runtime.streamSynchronize(self._stream())  # the host's memory is the caller's again
+            self._copy(copy.address, host.ctypes.data, host.nbytes, "memcpyHostToDevice")
+            self.synchronize()  # the host's memory is the caller's again
         return copy
 
     def download(self, array: GpuArray) -> NDArray[Any]:
         host = np.empty(array.shape, array.dtype)
-        runtime = self._cupy.cuda.runtime
         if host.nbytes:
-            runtime.memcpyAsync(
-                host.ctypes.data, array.address, host.nbytes, runtime.memcpyDeviceToHost, self._stream()
-            )
-        runtime.streamSynchronize(self._stream())
+            self._copy(host.ctypes.data, array.address, host.nbytes, "memcpyDeviceToHost")
+        self.synchronize()
         return host
 
-    def launch(self, launch: Launch) -> None:
-        kernel = self._kernel(launch)
-        args = tuple(_argument(value) for value in launch.args)
-        kernel(launch.grid, launch.block, args, shared_mem=launch.shared)
+    def repeat_rows(self, array: NDArray[Any], rows: int) -> GpuArray:
+        """Uploads `array`, its rows over and over until there are so many: random weights of any size, quickly."""
+        if not len(array):
+            raise InvalidArgument("an array without rows cannot be repeated")
+        whole = self.empty((rows, *array.shape[1:]), array.dtype)
+        first = self.upload(array[:rows])
+        done = 0
+        while done < whole.nbytes:
+            size = min(max(first.nbytes, done), whole.nbytes - done)
+            source = whole.address if done else first.address
+            self._copy(whole.address + done, source, size, "memcpyDeviceToDevice")
+            done += size
+        self.synchronize()
+        return whole
 
     def kv_cache_budget(self) -> int:
         return int(self.free_bytes() * _KV_SHARE)
@@ -147,27 +187,80 @@ class CudaDevice:
         free, _ = self._cupy.cuda.runtime.memGetInfo()
         return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
 
-    def _kernel(self, launch: Launch) -> Any:
-        key = (launch.source, launch.kernel)
-        if key not in self._kernels:
-            if launch.source not in self._modules:
-                path = cubin(launch.source, self.arch)
-                self._modules[launch.source] = self._cupy.RawModule(path=str(path))
-            self._kernels[key] = self._modules[launch.source].get_function(launch.kernel)
-        kernel = self._kernels[key]
-        if launch.shared > max(_DEFAULT_SHARED, kernel.max_dynamic_shared_size_bytes):
-            kernel.max_dynamic_shared_size_bytes = launch.shared
-        return kernel
+    def _copy(self, target: int, source: int, nbytes: int, kind: str) -> None:
+        if self._capturing:
+            raise DeviceError("a copy to or from the host cannot be part of a CUDA graph")
+        runtime = self._cupy.cuda.runtime
+        runtime.memcpyAsync(target, source, nbytes, getattr(runtime, kind), self.stream.ptr)
 
-    def _stream(self) -> int:
-        return int(self._cupy.cuda.get_current_stream().ptr)
+    # ---- work --------------------------------------------------------------------------------------------------------
+
+    def launch(self, launch: Launch) -> None:
+        self._loader.launch(launch, self.stream)
+
+    def record(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        """A call that runs all of these in order: from C++ at once, with the extension."""
+        return self._loader.record(launches, self.stream)
+
+    def synchronize(self) -> None:
+        """Wait for everything launched so far. Raises DeviceError where some of it failed."""
+        try:
+            self.stream.synchronize()
+        except self._cupy.cuda.runtime.CUDARuntimeError as problem:
+            raise DeviceError(
+                f"a kernel failed on the GPU ({problem}); CudaDevice(debug=True) says which. This process has lost its "
+                "GPU context: start anew"
+            ) from problem
+
+    def capture(self, work: Callable[[], object]) -> CudaGraph:
+        """What `work` launches, as a graph. It runs once before, so that all kernels are loaded and memory is there.
+
+        work may allocate, and must not copy to or from the host. Raises DeviceError.
+        """
+        pool = self._cupy.cuda.MemoryPool()
+        with self._cupy.cuda.using_allocator(pool.malloc):
+            work()
+            self.synchronize()
+            with self._capture():
+                self.stream.begin_capture()
+                try:
+                    work()
+                finally:
+                    graph = self.stream.end_capture()
+        return CudaGraph(graph, self.stream, pool)
+
+    @contextmanager
+    def _capture(self) -> Iterator[None]:
+        self._capturing = True
+        try:
+            yield
+        except self._cupy.cuda.runtime.CUDARuntimeError as problem:
+            raise DeviceError(f"the work cannot be captured into a CUDA graph ({problem})") from problem
+        finally:
+            self._capturing = False
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """How long the GPU takes for what `work` launches, by CUDA events."""
+        events = [self._cupy.cuda.Event() for _ in range(2)]
+        events[0].record(self.stream)
+        work()
+        events[1].record(self.stream)
+        self.synchronize()
+        return float(self._cupy.cuda.get_elapsed_time(*events)) / 1e3
+
+    def versions(self) -> dict[str, str]:
+        """Of the driver's CUDA, the runtime, CuPy."""
+        runtime = self._cupy.cuda.runtime
+        return {
+            "driver_cuda": _dotted(runtime.driverGetVersion()),
+            "cuda_runtime": _dotted(runtime.runtimeGetVersion()),
+            "cupy": self._cupy.__version__,
+        }
 
 
-def _argument(value: Any) -> Any:
-    """Pointers as 64-bit numbers; values are NumPy scalars of their parameters' types already."""
-    if value is None:
-        return np.uint64(0)
-    return np.uint64(value.address) if isinstance(value, GpuArray) else value
+def _dotted(version: int) -> str:
+    """13020 -> "13.2"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _cupy() -> ModuleType:
