@@ -24,9 +24,15 @@ static inline Table table_of(const uint8_t (&entries)[16]) {
     return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)))};
 }
 static inline void expand_line(const uint8_t* line, Table table, Bytes& low, Bytes& high) {
-    const __m512i codes = _mm512_load_si512(line), nibble = _mm512_set1_epi8(15);
+    const __m512i codes = load_in_order(line), shifted = _mm512_srli_epi16(codes, 4);
+#if ENGINE_ISA_LEVEL >= 3  // looked up by six bits in four copies of the table: the upper two may be anything
+    low.v = _mm512_permutexvar_epi8(codes, table.v);
+    high.v = _mm512_permutexvar_epi8(shifted, table.v);
+#else
+    const __m512i nibble = _mm512_set1_epi8(15);
     low.v = _mm512_shuffle_epi8(table.v, _mm512_and_si512(codes, nibble));
-    high.v = _mm512_shuffle_epi8(table.v, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
+    high.v = _mm512_shuffle_epi8(table.v, _mm512_and_si512(shifted, nibble));
+#endif
 }
 static inline Bytes operator+(Bytes a, Bytes b) { return {_mm512_add_epi8(a.v, b.v)}; }
 static inline Bytes operator-(Bytes a, Bytes b) { return {_mm512_sub_epi8(a.v, b.v)}; }
@@ -218,14 +224,12 @@ static inline void expand_codes(const uint8_t* lines, const Table& table, Bytes 
     for (int p = 0; p < 4; ++p) expand_line(lines + 64 * p, table, w[2 * p], w[2 * p + 1]);
 }
 
-// Half a block of weights is used while another, this far ahead in the tile's stream, is fetched into L1: the CPU's own
-// prefetchers alone reach two thirds of the bandwidth here (measured; 2 to 4 KB do alike, into L2 less).
-constexpr int64_t kPrefetchAhead = 3072;
-
-template <class Weights>
+// Half a block of weights is used while another, this far ahead in the tile's stream, is fetched: into L1 (locality 3)
+// or L2 (2).
+template <class Weights, int64_t ahead = 3072, int locality = 3>
 static inline void prefetch_weights(const uint8_t* block, int half) {
     constexpr int64_t bytes = Weights::kBlockBytes / 2;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(block + half * bytes + kPrefetchAhead + i, 0, 3);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(block + half * bytes + ahead + i, 0, locality);
 }
 
 template <int block>

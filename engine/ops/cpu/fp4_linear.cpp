@@ -80,6 +80,15 @@ static inline void add_row(const Bytes (&w)[2][8], const F32x16 (&scale)[S::Weig
     }
 }
 
+// What the CPU's prefetchers need beside loads in ascending order. Measured on Zen 4, against other distances and
+// caches: several rows take 5 to 15 % less time with the next 3 KB in L1; one row in two paths up to 25 % less with 8 KB
+// in L2 (at large K, where a row and its weights take turns in L1), one row in one path up to 15 % more with either.
+template <class S>
+static inline void fetch_ahead(const uint8_t* block, int half, int64_t rows) {
+    if (rows > 1) prefetch_weights<typename S::Weights>(block, half);
+    else if (S::P == 2) prefetch_weights<typename S::Weights, 8192, 2>(block, half);
+}
+
 // sums [rows][32] = rows · one tile; x [steps][rows]
 template <class S>
 void multiply(const uint8_t* w, const Entry<S::P>* x, int64_t steps, int64_t rows, float* sums) {
@@ -89,7 +98,7 @@ void multiply(const uint8_t* w, const Entry<S::P>* x, int64_t steps, int64_t row
         const int half = static_cast<int>(step & 1);
         const uint8_t* block = w + step / 2 * W::kBlockBytes;
         const uint8_t *lines = block + half * (kFp4CodeBytes / 2), *scales = block + kFp4CodeBytes;
-        prefetch_weights<W>(block, half);
+        fetch_ahead<S>(block, half, rows);
         Bytes bytes[2][8];
         F32x16 scale[W::kScalesPerHalf][2];
         for (int c = 0; c < 2; ++c) {
@@ -150,15 +159,34 @@ static inline void spread_elements(const uint8_t* kept, const uint8_t* meta, uin
     }
 }
 
-static inline float decode_scale(const Fp4Operand& a, int p, int64_t t, int64_t k, float times) {
-    const int64_t i = t * (a.K / a.block[p]) + k / a.block[p];
-    if (a.format == Fp4Format::hif4) {
-        const uint32_t byte = static_cast<const uint32_t*>(a.scale[p])[i] & 0xff;
-        return bits_float((byte << 21) + ((127 - 48) << 23)) * times;
+// One row of one path.
+struct PathRow {
+    const uint8_t *codes, *meta;  // meta: where sparse
+    const uint8_t* scale;         // hif4: of uint32
+    int block_bits;               // k >> block_bits is the number of k's block
+    Fp4Format format;
+
+    uint32_t scale_of(int64_t k) const {
+        const int64_t i = k >> block_bits;
+        if (format != Fp4Format::hif4) return scale[i];
+        uint32_t word;
+        std::memcpy(&word, scale + 4 * i, 4);
+        return word;
     }
-    const uint32_t byte = static_cast<const uint8_t*>(a.scale[p])[i];
-    if (a.format == Fp4Format::mxfp4) return bits_float(byte ? byte << 23 : 0x00400000) * times;
-    return bits_float(byte << 20) * 0x1p120f * times;
+    float decode_scale(int64_t k, float times) const {
+        const uint32_t word = scale_of(k);
+        if (format == Fp4Format::hif4) return bits_float(((word & 0xff) << 21) + ((127 - 48) << 23)) * times;
+        if (format == Fp4Format::mxfp4) return bits_float(word ? word << 23 : 0x00400000) * times;
+        return bits_float(word << 20) * 0x1p120f * times;
+    }
+};
+
+static inline PathRow path_row(const Fp4Operand& a, int p, int64_t t) {
+    const bool hif4 = a.format == Fp4Format::hif4, sparse = p == 0 && a.sparse;
+    const int64_t scales = a.K / a.block[p];
+    return {a.codes[p] + t * (sparse ? a.K / 4 : a.K / 2), sparse ? a.meta + t * (a.K / (hif4 ? 8 : 16)) : nullptr,
+            static_cast<const uint8_t*>(a.scale[p]) + t * scales * (hif4 ? 4 : 1),
+            a.block[p] == 16 ? 4 : a.block[p] == 32 ? 5 : 6, a.format};
 }
 
 // The micro-exponents of 32 k applied: four neighbours share theirs.
@@ -170,21 +198,20 @@ static inline void apply_micro_exponents(uint32_t word, int half, int8_t* x) {
 }
 
 template <class S, int p>
-static inline void lay_out_path(const Fp4Operand& a, int64_t t, int64_t k, Entry<S::P>& entry) {
-    const bool hif4 = a.format == Fp4Format::hif4;
-    const int64_t at = t * a.K + k;
+static inline void lay_out_path(const PathRow& row, int64_t k, Entry<S::P>& entry) {
+    const bool hif4 = row.format == Fp4Format::hif4;
     uint64_t packed[2];
-    if (p == 1 || !a.sparse) std::memcpy(packed, a.codes[p] + at / 2, 16);
-    else if (hif4) spread_elements(a.codes[0] + at / 4, a.meta + at / 8, packed);
-    else spread_pairs(a.codes[0] + at / 4, a.meta + at / 16, packed);
+    if (!row.meta) std::memcpy(packed, row.codes + k / 2, 16);
+    else if (hif4) spread_elements(row.codes + k / 4, row.meta + k / 8, packed);
+    else spread_pairs(row.codes + k / 4, row.meta + k / 16, packed);
     int8_t* x = entry.x[p];
     integers_of(packed, hif4 ? kS1p2Integers : kE2m1Integers, x);
-    if (hif4) apply_micro_exponents(static_cast<const uint32_t*>(a.scale[p])[at / 64], static_cast<int>(k / 32 & 1), x);
+    if (hif4) apply_micro_exponents(row.scale_of(k), static_cast<int>(k / 32 & 1), x);
     constexpr int groups = S::groups(p), offset = S::Weights::kOffset;
     const float times = (hif4 ? 0.25f : 0.5f) * S::Weights::kUnit;
     const int32_t sums[2] = {sum_of_16(x), sum_of_16(x + 16)};
     for (int h = 0; h < groups; ++h) {
-        entry.unit[p][h] = decode_scale(a, p, t, k + 16 * h, times);
+        entry.unit[p][h] = row.decode_scale(k + 16 * h, times);
         entry.start[p][h] = -offset * (groups == 1 ? sums[0] + sums[1] : sums[h]);
     }
 }
@@ -193,10 +220,11 @@ static inline void lay_out_path(const Fp4Operand& a, int64_t t, int64_t k, Entry
 template <class S>
 void lay_out(const Fp4Operand& a, int64_t row, int64_t rows, Entry<S::P>* entries) {
     for (int64_t r = 0; r < rows; ++r) {
+        const PathRow first = path_row(a, 0, row + r), second = path_row(a, S::P - 1, row + r);
         for (int64_t step = 0; step < a.K / kStepK; ++step) {
             Entry<S::P>& entry = entries[step * rows + r];
-            lay_out_path<S, 0>(a, row + r, step * kStepK, entry);
-            if constexpr (S::P == 2) lay_out_path<S, 1>(a, row + r, step * kStepK, entry);
+            lay_out_path<S, 0>(first, step * kStepK, entry);
+            if constexpr (S::P == 2) lay_out_path<S, 1>(second, step * kStepK, entry);
         }
     }
 }

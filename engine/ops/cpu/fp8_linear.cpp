@@ -17,10 +17,12 @@ namespace engine {
 namespace ENGINE_ISA {
 namespace {
 
-constexpr int64_t kChunkRows = 512;    // rows re-laid at a time: bounds scratch memory
-constexpr int64_t kFewBlocks = 4;      // row blocks up to which memory is the limit, not arithmetic
-constexpr int64_t kGroupBlocks = 8;    // row blocks in a piece of work
+constexpr int64_t kChunkRows = 512;  // rows re-laid at a time: bounds scratch memory
+constexpr int64_t kFewBlocks = 4;    // row blocks up to which memory is the limit, not arithmetic
+constexpr int64_t kGroupBlocks = 8;  // row blocks in a piece of work
 constexpr int64_t kMaxGroupRows = kGroupBlocks * kMaxRows;
+constexpr int kDirectRows = 8;            // with the tables and a line's pairs, what registers hold
+constexpr int64_t kPrefetchAhead = 8192;  // bytes, of a tile's stream; for one row the CPU alone does better
 
 // ---- from E4M3 to pairs of bf16 -------------------------------------------------------------------------------------
 
@@ -60,7 +62,7 @@ struct Expander {
     const __m512i sign = _mm512_set1_epi8(-128);
 
     inline void operator()(const char* line, __m512i& first, __m512i& second) const {
-        const __m512i codes = _mm512_load_si512(line);
+        const __m512i codes = load_in_order(line);
         const __m512i l = _mm512_permutex2var_epi8(low[0], codes, low[1]);  // by seven bits: the sign falls away
         const __m512i h = _mm512_permutex2var_epi8(high[0], codes, high[1]);
         const __m512i signed_h = _mm512_ternarylogic_epi32(h, codes, sign, 0xf8);  // h | (codes & sign)
@@ -143,37 +145,10 @@ void expand(const char* lines, int64_t padded, char* pairs) {
 
 // ---- the loops ------------------------------------------------------------------------------------------------------
 
-// Format: of the expanded tile. kDirectRows: blocks of at most so many rows do without expanding it.
-struct InFp32 : FromCache<Fma<bf16>> {
-    static constexpr int64_t kDirectRows = 0;
-};
-
+// Of the expanded tile.
+using InFp32 = FromCache<Fma<bf16>>;
 #if ENGINE_ISA_LEVEL >= 3
-struct InBf16 : FromCache<DotBf16> {
-    static constexpr int64_t kDirectRows = 8;
-};
-
-// Two pairs of k a step, from the codes; the same sums as InBf16's.
-struct Direct {
-    using X = uint32_t;
-    static constexpr int kXPerStep = 2;
-    static constexpr int64_t kVectorBytes = kFp8LineBytes;
-    static constexpr int64_t prefetch_ahead(int, int) { return 4096; }
-
-    template <int R, int C>
-    static inline void step(const X* x, const char* w, F32x16 (&acc)[R][C]) {
-        const Expander expander;
-        __m512i columns[2][C];
-        for (int c = 0; c < C; ++c) expander(w + c * kVectorBytes, columns[0][c], columns[1][c]);
-        for (int p = 0; p < 2; ++p, x += R) {
-            for (int r = 0; r < R; ++r) {
-                const __m512bh row = (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(x[r]));
-                for (int c = 0; c < C; ++c)
-                    acc[r][c].v = _mm512_dpbf16_ps(acc[r][c].v, (__m512bh)columns[p][c], row);
-            }
-        }
-    }
-};
+using InBf16 = FromCache<DotBf16>;
 #endif
 
 // totals [rows][32] += sums [rows][width] · scale, from the tile's column `column` on
@@ -183,7 +158,7 @@ static inline void add_scaled(const float* sums, int64_t rows, int64_t width, co
             store(totals + j, mul_add(load(sums + j), load(scale + j), load(totals + j)));
 }
 
-// One block of rows times one segment in bf16 pairs or, Direct, in codes.
+// One block of rows times one expanded segment.
 template <class Format>
 void multiply_segment(const typename Format::X* x, const char* w, int64_t steps, int64_t rows, const float* scale,
                       float* totals) {
@@ -224,20 +199,65 @@ void multiply_tile(const Fp8LinearArgs& a, const Panels<Format>& x, int64_t begi
         const Fp8Segment s = fp8_segment(a.K, a.w_step, i);
         const char* lines = w + s.at * kTileColumns;
         const float* segment_scale = scale + s.scale_row * kTileColumns;
-#if ENGINE_ISA_LEVEL >= 3
-        if constexpr (Format::kDirectRows > 0) {
-            if (rows <= Format::kDirectRows) {
-                multiply_segment<Direct>(x.at(begin, s), lines, s.padded / kFp8LineK, rows, segment_scale, totals);
-                continue;
-            }
-        }
-#endif
         expand(lines, s.padded, pairs);
         for (int64_t b = begin; b < end; ++b)
             multiply_segment<Format>(x.at(b, s), pairs, s.padded / Format::kStepK, x.rows(b), segment_scale,
                                      totals + (x.blocks.begin(b) - first) * kTileColumns);
     }
 }
+
+#if ENGINE_ISA_LEVEL >= 3
+
+// One block of R rows times one tile, without expanding it first; the same sums in the same order. totals [R][32].
+template <int R>
+void multiply_codes(const Fp8LinearArgs& a, const Panels<InBf16>& panels, int64_t tile, float* totals) {
+    const char* w = static_cast<const char*>(a.w) + tile * fp8_tile_bytes(a.K, a.w_step);
+    const float* scale = a.w_scale + tile * fp8_scale_rows(a.K, a.w_step) * kTileColumns;
+    const Expander expander;
+    for (int64_t i = 0; i < R * kTileColumns; i += kLanes) store(totals + i, zero());
+    for (int64_t i = 0; i < fp8_num_segments(a.K, a.w_step); ++i) {
+        const Fp8Segment s = fp8_segment(a.K, a.w_step, i);
+        const uint32_t* x = panels.at(0, s);
+        F32x16 acc[R][2];
+        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
+        for (int64_t k = 0; k < s.padded; k += kFp8LineK, w += 2 * kFp8LineBytes) {
+            __m512i pairs[2][2];  // [of k][16 columns]
+            for (int c = 0; c < 2; ++c) {
+                if (R > 1) __builtin_prefetch(w + c * kFp8LineBytes + kPrefetchAhead, 0, 2);
+                expander(w + c * kFp8LineBytes, pairs[0][c], pairs[1][c]);
+            }
+            for (int p = 0; p < 2; ++p, x += R) {
+                for (int r = 0; r < R; ++r) {
+                    const __m512bh row = (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(x[r]));
+                    for (int c = 0; c < 2; ++c)
+                        acc[r][c].v = _mm512_dpbf16_ps(acc[r][c].v, (__m512bh)pairs[p][c], row);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < 2; ++c) {
+                float* total = totals + r * kTileColumns + c * kLanes;
+                const F32x16 of_segment = load(scale + s.scale_row * kTileColumns + c * kLanes);
+                store(total, mul_add(acc[r][c], of_segment, load(total)));
+            }
+    }
+}
+
+// The tiles [begin, end) for R rows.
+template <int R = kDirectRows>
+void multiply_few(const Fp8LinearArgs& a, const Panels<InBf16>& x, int64_t row, int64_t begin, int64_t end) {
+    if (x.blocks.rows < R) {
+        if constexpr (R > 1) multiply_few<R - 1>(a, x, row, begin, end);
+        return;
+    }
+    alignas(64) float totals[R * kTileColumns];
+    for (int64_t tile = begin; tile < end; ++tile) {
+        multiply_codes<R>(a, x, tile, totals);
+        finish_tile(a.to, a.x_scale, nullptr, totals, row, R, tile * kTileColumns);
+    }
+}
+
+#endif
 
 template <class Format, class In>
 void multiply_chunk(const Fp8LinearArgs& a, int64_t first_row, int64_t num_rows, ThreadPool& pool, Scratch& scratch) {
@@ -258,6 +278,14 @@ void multiply_chunk(const Fp8LinearArgs& a, int64_t first_row, int64_t num_rows,
     });
     // As in linear.cpp: a long range of tiles per thread where memory is the limit, else small pieces of work.
     const int64_t tiles = num_tiles(a.to.N), groups = ceil_div(blocks, kGroupBlocks);
+#if ENGINE_ISA_LEVEL >= 3
+    if constexpr (Format::kPairs) {
+        if (num_rows <= kDirectRows)
+            return pool.parallel_for(tiles, ceil_div(tiles, pool.threads()), [&](int64_t begin, int64_t end, int) {
+                multiply_few(a, panels, first_row, begin, end);
+            });
+    }
+#endif
     const int64_t grain = blocks <= kFewBlocks ? ceil_div(tiles, pool.threads()) : 1;
     pool.parallel_for(tiles * groups, grain, [&](int64_t begin, int64_t end, int) {
         alignas(64) float totals[kMaxGroupRows * kTileColumns];

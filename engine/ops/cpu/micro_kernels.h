@@ -180,6 +180,8 @@ void lay_out_panel(const In* x, int64_t stride, int64_t rows, int64_t K, int64_t
             for (int64_t r = 0; r < kLanes; ++r) square[r] = r < rows ? elements(r) : broadcast_i32(0);
             transpose(square);
             for (int64_t i = 0; i < n; ++i) store_n(out + i * rows, square[i], rows);
+        } else if (rows == 1) {
+            store_n(out, elements(0), n);
         } else {
             for (int64_t r = 0; r < rows; ++r) {
                 int32_t row[kLanes];

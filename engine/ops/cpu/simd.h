@@ -67,6 +67,13 @@ static inline I32x16 float_to_bits(F32x16 a) { return {_mm512_castps_si512(a.v)}
 static inline I32x16 to_i32(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }  // of integers; anything for NaN
 
 static inline I32x16 load_i32(const void* p) { return {_mm512_loadu_si512(p)}; }
+// Aligned, and in the order written among others of its kind: a stream read in ascending order is what the CPU
+// prefetches best, and compilers move loads about.
+static inline __m512i load_in_order(const void* p) {
+    __m512i r;
+    asm volatile("vmovdqa64 %1, %0" : "=v"(r) : "m"(*static_cast<const __m512i*>(p)));
+    return r;
+}
 static inline F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 static inline F32x16 load(const f16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
