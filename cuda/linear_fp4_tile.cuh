@@ -34,7 +34,7 @@ struct Fp4Tile {
 
     __device__ __forceinline__ void copy(u32, int, int) const {}
     __device__ __forceinline__ int flush_k(int slice_k) const { return slice_k; }
-    __device__ __forceinline__ void add(TileSums& to, const TileSums& sums, int, int) const { add_sums(to, sums); }
+    __device__ __forceinline__ float add(float total, float sum, int, int) const { return __fadd_rn(total, sum); }
 
     // A warp's units of 16 rows: this 128 k and, on their way, the next.
     struct Dequantiser {

@@ -9,15 +9,8 @@
 //
 // Bytes moved: 1 a weight; 1.75 integer instructions a weight to make f16, of the 8 that an H200 has time for.
 // References: ReferenceOps.fp8_linear, w8a16_linear.
+#include "fp8_decode.cuh"
 #include "linear_decode.cuh"
-
-constexpr int kFp8ScaleK = 128;
-
-// Four codes to pairs (0, 2) and (1, 3) of f16.
-__device__ __forceinline__ void e4m3_pairs(u32 codes, u32& even, u32& odd) {
-    even = (codes << 8 & 0x80008000u) | (codes << 7 & 0x3f803f80u);
-    odd = (codes & 0x80008000u) | (codes >> 1 & 0x3f803f80u);
-}
 
 // kInputGroup: 128 where the input has scales, else 0.
 template <int kInputGroup>
@@ -69,8 +62,8 @@ struct Fp8Weight {
 #pragma unroll
         for (int r = 0; r < 4; r += 2) {
             u32 first[4], second[4];
-            e4m3_pairs(low[r], first[0], first[2]), e4m3_pairs(high[r], first[1], first[3]);
-            e4m3_pairs(low[r + 1], second[0], second[2]), e4m3_pairs(high[r + 1], second[1], second[3]);
+            e4m3_pairs<f16>(low[r], first[0], first[2]), e4m3_pairs<f16>(high[r], first[1], first[3]);
+            e4m3_pairs<f16>(low[r + 1], second[0], second[2]), e4m3_pairs<f16>(high[r + 1], second[1], second[3]);
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
                 const uint4 x = *reinterpret_cast<const uint4*>(column[i] + 2 * (k + 16 * q + 4 * r));
@@ -110,18 +103,11 @@ struct Fp8Input {
             if (k + at < K) {
                 const u8* from = codes + static_cast<i64>(first + column) * K + k + at;
                 const uint2 raw = *reinterpret_cast<const uint2*>(from);
-                pairs_in_order(raw.x, words[0], words[1]), pairs_in_order(raw.y, words[2], words[3]);
+                const uint2 low = e4m3_in_order<f16>(raw.x), high = e4m3_in_order<f16>(raw.y);
+                words[0] = low.x, words[1] = low.y, words[2] = high.x, words[3] = high.y;
             }
             Weight::store_eight(to + column * (2 * count + Weight::kColumnPadding), at, words);
         }
-    }
-
-private:
-    // As neighbours (0, 1), (2, 3).
-    static __device__ __forceinline__ void pairs_in_order(u32 codes, u32& first, u32& second) {
-        u32 even, odd;
-        e4m3_pairs(codes, even, odd);
-        first = __byte_perm(even, odd, 0x5410), second = __byte_perm(even, odd, 0x7632);
     }
 };
 

@@ -89,7 +89,7 @@ using TileSums = float[4][4][4];
 //     else Dequantiser           what a thread holds: Dequantiser(weight, first_n), and fill(to, step), called for each
 //                                step in order, which puts 128 n × 64 k there
 //     flush_k(slice_k)           how many k the tensor core may sum
-//     add(to, sums, first_n, k)  to += sums of the k before k, with the scales these share
+//     add(total, sum, n, k)      total + a sum of row n that ends with the 64 k from k on, times the scale it shares
 template <class T, Paths paths, int kWarpsM, class WeightTile>
 __device__ __forceinline__ void tile_linear(const WeightTile& weight, const TileInput& input, const Epilogue& epilogue,
                                             int slice_k) {
@@ -175,9 +175,13 @@ __device__ __forceinline__ void tile_linear(const WeightTile& weight, const Tile
         multiply(stage, WeightTile::kCopied ? stage + kInputBytes : dequantised_address + step % 2 * kTileWeightBytes, step,
                  sums);
         if ((step + 1) % flush_steps == 0 || step + 1 == steps) {
-            weight.add(totals, sums, first_n + kWarpN * warp_n + 2 * (lane & 3), step * kTileK);
 #pragma unroll
-            for (int e = 0; e < 64; ++e) sums[e / 16][e / 4 % 4][e % 4] = 0.0f;
+            for (int e = 0; e < 64; ++e) {
+                const int n = first_n + kWarpN * warp_n + 8 * (e / 4 % 4) + 2 * (lane & 3) + (e & 1);
+                float &total = totals[e / 16][e / 4 % 4][e % 4], &sum = sums[e / 16][e / 4 % 4][e % 4];
+                total = weight.add(total, sum, n, step * kTileK);
+                sum = 0.0f;
+            }
         }
     }
     ptx::cp_async_wait_all();
@@ -200,12 +204,6 @@ __device__ __forceinline__ void tile_linear(const WeightTile& weight, const Tile
     }
 }
 
-__device__ __forceinline__ void add_sums(TileSums& to, const TileSums& sums) {
-#pragma unroll
-    for (int e = 0; e < 64; ++e)
-        to[e / 16][e / 4 % 4][e % 4] = __fadd_rn(to[e / 16][e / 4 % 4][e % 4], sums[e / 16][e / 4 % 4][e % 4]);
-}
-
 // Weights [N, K] of 16 bits, row by row, kRows to a tile.
 template <int kRows>
 struct RowMajorTile {
@@ -221,5 +219,5 @@ struct RowMajorTile {
         copy_tile<false>(shared, w, K, first_n, N, k, K, kRows);
     }
     __device__ __forceinline__ int flush_k(int slice_k) const { return slice_k; }
-    __device__ __forceinline__ void add(TileSums& to, const TileSums& sums, int, int) const { add_sums(to, sums); }
+    __device__ __forceinline__ float add(float total, float sum, int, int) const { return __fadd_rn(total, sum); }
 };

@@ -53,7 +53,8 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
     const u32 shared_address = ptx::shared_address(shared), dequantised_address = ptx::shared_address(dequantised);
     const int lane = lane_of_warp(), group = threadIdx.x / 128;
     const int first_token = blockIdx.x * kWgmmaTokens, first_n = blockIdx.y * kN;
-    const int steps = ceil_div(input.K, kTileK), slice_steps = slice_k / kTileK;
+    const int steps = ceil_div(input.K, kTileK), slice_steps = weight.flush_k(slice_k) / kTileK;
+    const auto row_of = [&](int e) { return 8 * (e / 4) + 2 * (lane & 3) + (e & 1); };  // n of a sum, within the tile
 
     const auto copy = [&](int step) {
         if (step < steps) {
@@ -97,7 +98,8 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
         if (kSlices && (step + 1) % slice_steps == 0 && step + 1 < steps) {
             ptx::wgmma_wait<0>();
 #pragma unroll
-            for (int e = 0; e < (kSlices ? kN / 2 : 1); ++e) totals[e] = __fadd_rn(totals[e], sums[e]);
+            for (int e = 0; e < (kSlices ? kN / 2 : 1); ++e)
+                totals[e] = weight.add(totals[e], sums[e], first_n + row_of(e), step * kTileK);
         } else {
             ptx::wgmma_wait<1>();
         }
@@ -110,8 +112,9 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
     float* results = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int e = 0; e < kN / 2; ++e) {
-        const int token = 16 * warp_of_block() + (lane >> 2) + 8 * (e >> 1 & 1), n = 8 * (e / 4) + 2 * (lane & 3) + (e & 1);
-        results[token * kStride + n] = kSlices ? __fadd_rn(totals[kSlices ? e : 0], sums[e]) : sums[e];
+        const int token = 16 * warp_of_block() + (lane >> 2) + 8 * (e >> 1 & 1), n = row_of(e);
+        results[token * kStride + n] =
+            kSlices ? weight.add(totals[kSlices ? e : 0], sums[e], first_n + n, (steps - 1) * kTileK) : sums[e];
     }
     __syncthreads();
     const int tokens = min(kWgmmaTokens, input.M - first_token), rows = min(kN, epilogue.N - first_n);

@@ -494,3 +494,36 @@ def test_a_token_has_the_same_bits_in_every_wgmma():
     together = wgmma(operand, matrix)
     for rows in (slice(0, 1), slice(139, 140), slice(60, 133)):
         assert (wgmma(take(operand, rows), matrix) == together[rows]).all()
+
+
+def many_fp8(x, matrix, *, arch="sm_90", checked=False):
+    """w8a16 of x or, of an operand, w8a8: tiles of mma.sync, or wgmma on sm_90a."""
+    dev = device(arch, checked)
+    weight = weight_layout.pack_fp8([matrix]).on(dev.upload)
+    token_scale = None
+    if isinstance(x, SimpleNamespace):
+        wide = dev.empty(x.codes.shape, BF16)
+        dev.launch(launch_linear.expand_fp8(dev.upload(x.codes), wide))
+        x, token_scale = wide, x.scale
+    out = dev.empty((len(x), matrix.rows), F32)
+    if arch == "sm_90a":
+        dev.launch(launch_linear.w8a16_wgmma(dev.upload(x), weight, Output(out), token_scale))
+        return out
+    plan = launch_linear.plan_tile(len(x), matrix.rows, copied_weight=False, sms=1)
+    dev.launch(launch_linear.w8a16_tile(dev.upload(x), weight, Output(out), plan, token_scale))
+    return out
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_90a"])
+def test_fp8_of_many_tokens(arch):
+    rng = np.random.default_rng(20)
+    for M, N, K, tile in [(70, 140, 192, (1, 192)), (3, 16, 72, (16, 72)), (130, 40, 704, (128, 128))]:
+        matrix = fp8_matrix(rng, N, K, tile)
+        for dtype in (BF16, F16) if arch == "sm_90" else (BF16,):
+            x = rng.standard_normal((M, K)).astype(dtype)
+            y = many_fp8(x, matrix, arch=arch)
+            assert_close(y, x.astype(np.float64) @ fp8_values(matrix).T, 2e-6)
+        codes, scale = fp8.quantize_rows(rng.standard_normal((M, K)).astype(np.float32))
+        operand = SimpleNamespace(codes=np.pad(codes, ((0, 0), (0, padded(K) - K))), scale=scale)
+        values = fp8.decode(codes).astype(np.float64) * scale[:, None]
+        assert_close(many_fp8(operand, matrix, arch=arch), values @ fp8_values(matrix).T, 2e-6)

@@ -337,9 +337,10 @@ class WgmmaPlan:
     shared: int
 
 
-def plan_wgmma(M: int, N: int, *, paths: int = 1, copied_weight: bool, fp4_input: bool) -> WgmmaPlan:
-    """The order of sums follows from `rows`, so that depends on N and the input's type, not on M."""
-    rows = 128 if fp4_input or N < 4096 else 256
+def plan_wgmma(M: int, N: int, *, paths: int = 1, copied_weight: bool, sliced: bool) -> WgmmaPlan:
+    """sliced: whether sums must be cut along K, which only narrow tiles do. The order of sums follows from `rows`, so
+    that depends on N and the product, not on M."""
+    rows = 128 if sliced or N < 4096 else 256
     stage = WGMMA_TOKENS * 128 * paths + (rows * 128 if copied_weight else 0)
     pipeline = WGMMA_STAGES * stage + (0 if copied_weight else 3 * rows * 128)
     shared = max(pipeline, 4 * WGMMA_TOKENS * (rows + RESULT_PADDING))
@@ -351,14 +352,14 @@ def wgmma(x: Any, w: Any, output: Output) -> Launch:
     (M, K), N = x.shape, len(w)
     if K % 8 or not x.dtype == w.dtype == ml_dtypes.bfloat16:
         raise InvalidArgument(f"x and w must be bfloat16 and K a multiple of 8; got {x.dtype}, {w.dtype} and K = {K}")
-    plan = plan_wgmma(M, N, copied_weight=True, fp4_input=False)
+    plan = plan_wgmma(M, N, copied_weight=True, sliced=False)
     args = [x, row_stride(x), w, *_tile_arguments(output, M, N, K)]
     return _wgmma_launch("linear_bf16_wgmma.cu", "linear_wgmma_bf16", plan, args)
 
 
 def w4a16_wgmma(x: Any, weight: Fp4Units, output: Output) -> Launch:
     """x [M, K] bfloat16."""
-    plan = plan_wgmma(len(x), weight.N, copied_weight=False, fp4_input=False)
+    plan = plan_wgmma(len(x), weight.N, copied_weight=False, sliced=False)
     args = [x, None, row_stride(x), weight.units, None, weight.g, *_tile_arguments(output, len(x), weight.N, weight.K)]
     name = fp4_name(weight)
     return _wgmma_launch(f"linear_{name}_wgmma.cu", f"linear_wgmma_{name}_one", plan, args)
@@ -367,7 +368,7 @@ def w4a16_wgmma(x: Any, weight: Fp4Units, output: Output) -> Launch:
 def fp4_wgmma(operand: Expanded, weight: Fp4Units, output: Output) -> Launch:
     """operand: of kind "one" or "two"."""
     M, K, name = len(operand.g), padded(weight.K), fp4_name(weight)
-    plan = plan_wgmma(M, weight.N, paths=2 if operand.kind == "two" else 1, copied_weight=False, fp4_input=True)
+    plan = plan_wgmma(M, weight.N, paths=2 if operand.kind == "two" else 1, copied_weight=False, sliced=True)
     args = [operand.first, operand.second, np.int64(K), weight.units, operand.g, weight.g]
     args += _tile_arguments(output, M, weight.N, K)
     return _wgmma_launch(f"linear_{name}_wgmma.cu", f"linear_wgmma_{name}_{operand.kind}", plan, args)
@@ -375,6 +376,32 @@ def fp4_wgmma(operand: Expanded, weight: Fp4Units, output: Output) -> Launch:
 
 def _wgmma_launch(source: str, kernel: str, plan: WgmmaPlan, args: list[Any]) -> Launch:
     return Launch(source, f"{kernel}_n{plan.rows}", plan.grid, (256, 1, 1), plan.shared, args)
+
+
+def expand_fp8(codes: Any, out: Any) -> Launch:
+    """codes uint8 [M, padded K] as bfloat16 of the same shape, for `w8a16_tile` and `w8a16_wgmma`."""
+    M, K = codes.shape
+    grid = (-(-M * K // 8 // EXPAND_THREADS), 1, 1)
+    return Launch("linear_fp8_tile.cu", "expand_fp8", grid, (EXPAND_THREADS, 1, 1), 0, [codes, out, np.int64(M * K)])
+
+
+def w8a16_tile(x: Any, weight: Fp8Units, output: Output, plan: TilePlan, token_scale: Any = None) -> Launch:
+    """x [M, K] bfloat16 or float16; with a scale [M] per token where x is what `expand_fp8` made."""
+    args = [x, row_stride(x), *_fp8_arguments(weight), token_scale, *_tile_arguments(output, *_shape(x, weight))]
+    return _tile_launch("linear_fp8_tile.cu", f"linear_tile_fp8_{type_name(x.dtype)}", plan, args)
+
+
+def w8a16_wgmma(x: Any, weight: Fp8Units, output: Output, token_scale: Any = None) -> Launch:
+    """x [M, K] bfloat16; token_scale as for `w8a16_tile`."""
+    several_scales = weight.scale.shape[0] > 1
+    plan = plan_wgmma(len(x), weight.N, copied_weight=False, sliced=several_scales)
+    args = [x, row_stride(x), *_fp8_arguments(weight), token_scale, *_tile_arguments(output, *_shape(x, weight))]
+    return _wgmma_launch("linear_fp8_wgmma.cu", "linear_wgmma_fp8", plan, args)
+
+
+def _shape(x: Any, weight: Fp8Units) -> tuple[int, int, int]:
+    """M, N, K; rows of x may be padded as FP8 operands are."""
+    return len(x), weight.N, x.shape[1]
 
 
 def _tile_arguments(output: Output, M: int, N: int, K: int) -> list[Any]:
