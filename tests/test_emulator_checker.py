@@ -24,7 +24,7 @@ from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator runs on Linux")
 
 THREADS = 96
-ACTIVE = (0, 1, 5, 32, 33, 64)  # threads that access memory: some share a warp, some of those the four lanes
+ACTIVE = (0, 1, 2, 5, 32, 64)  # threads that access memory: some share a warp, some of those the four lanes
 READ, WRITE, ATOMIC, BLOCK, WARP, PART, ARRIVE, PART_SYNC = range(1, 9)
 
 
@@ -46,16 +46,6 @@ class Sync:
 
     codes: dict[int, int]  # thread -> operation
 
-    def __repr__(self) -> str:
-        return (
-            "Sync("
-            + ", ".join(
-                f"{op} at {sorted(t for t in self.codes if self.codes[t] == op)[::31]}"
-                for op in set(self.codes.values())
-            )
-            + ")"
-        )
-
     @property
     def waiting(self) -> set[int]:
         return {thread for thread, operation in self.codes.items() if operation != ARRIVE}
@@ -72,16 +62,28 @@ def accesses(draw: st.DrawFn) -> Access:
     return Access(draw(st.sampled_from(ACTIVE)), operation, offset, size)
 
 
-def syncs() -> st.SearchStrategy[Sync]:
+def accesses_to_one_word() -> st.SearchStrategy[Access]:
+    operations = st.sampled_from((READ, READ, READ, WRITE, ATOMIC))
+    return st.builds(Access, st.sampled_from(ACTIVE), operations, st.just(0), st.just(4))
+
+
+def all_syncs() -> list[Sync]:
     warps = [range(first, first + 32) for first in (0, 32, 64)]
     pairs = [(a, b) for a in warps for b in warps if a != b]
-    return st.one_of(
-        st.just(Sync(dict.fromkeys(range(THREADS), BLOCK))),
-        st.sampled_from([Sync(dict.fromkeys(warp, WARP)) for warp in warps]),
-        st.sampled_from([Sync(dict.fromkeys(range(first, first + 4), PART)) for first in (0,)]),
-        st.sampled_from([Sync(dict.fromkeys([*a, *b], PART_SYNC)) for a, b in pairs]),
-        st.sampled_from([Sync(dict.fromkeys(a, ARRIVE) | dict.fromkeys(b, PART_SYNC)) for a, b in pairs]),
-    )
+    return [
+        Sync(dict.fromkeys(range(THREADS), BLOCK)),
+        Sync(dict.fromkeys(range(4), PART)),
+        *(Sync(dict.fromkeys(warp, WARP)) for warp in warps),
+        *(Sync(dict.fromkeys([*a, *b], PART_SYNC)) for a, b in pairs if a.start < b.start),
+        *(Sync(dict.fromkeys(a, ARRIVE) | dict.fromkeys(b, PART_SYNC)) for a, b in pairs),
+    ]
+
+
+SYNCS = all_syncs()
+
+
+def syncs() -> st.SearchStrategy[Sync]:
+    return st.sampled_from(SYNCS)
 
 
 def races(program: Sequence[Step]) -> bool:
@@ -131,17 +133,48 @@ def finds_race(program: Sequence[Step], schedule: int) -> bool:
     return False
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(accesses(), accesses(), syncs()), max_size=14), st.integers(0, len(SCHEDULES) - 1))
 def test_verdict_on_random_programs(program: list[Step], schedule: int) -> None:
     assert finds_race(program, schedule) == races(program)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(accesses(), min_size=2, max_size=5), st.lists(syncs(), min_size=4, max_size=4), st.integers(0, 3))
-def test_verdict_on_well_separated_programs(sequence: list[Access], barriers: list[Sync], schedule: int) -> None:
-    """Barriers after every access: most programs are free of races, which draws without structure rarely are."""
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(accesses_to_one_word(), min_size=3, max_size=5),
+    st.lists(syncs(), min_size=5, max_size=5),
+    st.integers(0, 3),
+)
+def test_verdict_on_synchronised_accesses_to_one_word(
+    sequence: list[Access], between: list[Sync], schedule: int
+) -> None:
+    """Synchronisation after every access: most are free of races, which draws without structure rarely are."""
     program: list[Step] = []
     for i, access in enumerate(sequence):
-        program += [access, barriers[i % 4], barriers[(i + 1) % 4]]
+        program += [access, between[i], between[(i + 1) % 5]]
     assert finds_race(program, schedule) == races(program)
+
+
+@pytest.mark.parametrize("schedule", range(2))
+def test_verdict_on_every_pair_of_writes(schedule: int) -> None:
+    """Any two threads, any synchronisation between them: all there are."""
+    for first in ACTIVE:
+        for second in ACTIVE:
+            for sync in SYNCS:
+                program: list[Step] = [Access(first, WRITE, 0, 4), sync, Access(second, WRITE, 0, 4)]
+                assert finds_race(program, schedule) == races(program), program
+
+
+@pytest.mark.parametrize("schedule", range(2))
+def test_verdict_on_reads_that_follow_one_write(schedule: int) -> None:
+    """A reader that comes after the write says nothing about another that does not."""
+    for third in ACTIVE:
+        for sync in SYNCS:
+            for second in ACTIVE:
+                program: list[Step] = [
+                    Access(0, WRITE, 0, 4),
+                    sync,
+                    Access(second, READ, 0, 4),
+                    Access(third, READ, 0, 4),
+                ]
+                assert finds_race(program, schedule) == races(program), program
