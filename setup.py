@@ -229,8 +229,8 @@ def build_cuda(target: Path, folder: Path) -> None:
             list(pool.map(lambda cubin: cubin.compile(nvcc, version + headers), cubins))
         images = folder / "images.cpp"
         images.write_text(images_source(cubins))
-        toolkit = Path(nvcc).resolve().parent.parent / "include"
-        includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"), toolkit)]
+        folders = [pybind11.get_include(), sysconfig.get_path("include"), *toolkit_includes(nvcc)]
+        includes = [f"-isystem{folder}" for folder in folders]
         target.parent.mkdir(parents=True, exist_ok=True)
         flags = [flag for flag in FLAGS if flag != "-MMD"]
         compiler.run(
@@ -249,6 +249,14 @@ def find_nvcc() -> str:
         "ENGINE_BUILD_CUDA=1 needs nvcc of CUDA 12.8 or newer, which is neither in $CUDA_HOME nor on PATH nor in "
         "/usr/local/cuda; install a CUDA toolkit, or leave ENGINE_BUILD_CUDA unset: kernels are then compiled by NVRTC"
     )
+
+
+def toolkit_includes(nvcc: str) -> list[str]:
+    """Where nvcc itself looks for CUDA's headers: it may be a script, or a link to anywhere."""
+    command = [nvcc, "--dryrun", "-cubin", str(sorted(CUDA_DIR.glob("*.cu"))[0])]
+    plan = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    values = [line.split("=", 1)[1] for line in plan.splitlines() if line.startswith("#$ INCLUDES=")]
+    return [flag.removeprefix("-I") for value in values for word in shlex.split(value) for flag in shlex.split(word)]
 
 
 def kernel_sources(arch: str) -> list[Path]:

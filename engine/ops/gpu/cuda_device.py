@@ -9,8 +9,7 @@ Which GPU: the first that CUDA_VISIBLE_DEVICES leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from math import prod
 from types import ModuleType
 from typing import Any, cast
@@ -86,13 +85,13 @@ class GpuArray:
 class CudaGraph:
     """Work captured by `CudaDevice.capture`; `run` puts all of it into the device's stream at once.
 
-    It keeps the memory that the work allocated. What the work read and wrote besides is the caller's to keep.
+    It keeps all memory that its kernels read and write.
     """
 
-    def __init__(self, graph: Any, stream: Any, pool: Any) -> None:
+    def __init__(self, graph: Any, stream: Any, launches: Sequence[Launch]) -> None:
         self._graph = graph
         self._stream = stream
-        self._pool = pool
+        self._launches = launches
 
     def run(self) -> None:
         self._graph.launch(self._stream)
@@ -128,7 +127,7 @@ class CudaDevice:
         self._loader = make_loader(loader, self._cupy, self.arch, debug=debug)
         self.name = f"{properties['name'].decode()}, {self.arch}, {self._loader.name}{', debug' if debug else ''}"
         self.stream = self._cupy.cuda.Stream(non_blocking=True)
-        self._capturing = False
+        self._captured: list[Launch] | None = None  # while a graph is captured
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -188,7 +187,7 @@ class CudaDevice:
         return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def _copy(self, target: int, source: int, nbytes: int, kind: str) -> None:
-        if self._capturing:
+        if self._captured is not None:
             raise DeviceError("a copy to or from the host cannot be part of a CUDA graph")
         runtime = self._cupy.cuda.runtime
         runtime.memcpyAsync(target, source, nbytes, getattr(runtime, kind), self.stream.ptr)
@@ -196,6 +195,8 @@ class CudaDevice:
     # ---- work --------------------------------------------------------------------------------------------------------
 
     def launch(self, launch: Launch) -> None:
+        if self._captured is not None:
+            self._captured.append(launch)
         self._loader.launch(launch, self.stream)
 
     def record(self, launches: Sequence[Launch]) -> Callable[[], None]:
@@ -213,31 +214,24 @@ class CudaDevice:
             ) from problem
 
     def capture(self, work: Callable[[], object]) -> CudaGraph:
-        """What `work` launches, as a graph. It runs once before, so that all kernels are loaded and memory is there.
+        """What `work` launches, as a graph. It runs once before, so that all its kernels are loaded.
 
         work may allocate, and must not copy to or from the host. Raises DeviceError.
         """
-        pool = self._cupy.cuda.MemoryPool()
-        with self._cupy.cuda.using_allocator(pool.malloc):
-            work()
-            self.synchronize()
-            with self._capture():
-                self.stream.begin_capture()
-                try:
-                    work()
-                finally:
-                    graph = self.stream.end_capture()
-        return CudaGraph(graph, self.stream, pool)
-
-    @contextmanager
-    def _capture(self) -> Iterator[None]:
-        self._capturing = True
+        work()
+        self.synchronize()
+        self._captured = launches = []
         try:
-            yield
+            self.stream.begin_capture()
+            try:
+                work()
+            finally:
+                graph = self.stream.end_capture()
         except self._cupy.cuda.runtime.CUDARuntimeError as problem:
             raise DeviceError(f"the work cannot be captured into a CUDA graph ({problem})") from problem
         finally:
-            self._capturing = False
+            self._captured = None
+        return CudaGraph(graph, self.stream, launches)
 
     def seconds(self, work: Callable[[], object]) -> float:
         """How long the GPU takes for what `work` launches, by CUDA events."""

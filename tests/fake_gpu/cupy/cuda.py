@@ -6,8 +6,7 @@ import bisect
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -65,20 +64,10 @@ class MemoryPool:
 
 
 default_pool = MemoryPool()
-_allocators = [default_pool.malloc]
 
 
 def alloc(nbytes: int) -> MemoryPointer:
-    return _allocators[-1](nbytes)
-
-
-@contextmanager
-def using_allocator(allocator: Callable[[int], MemoryPointer]) -> Iterator[None]:
-    _allocators.append(allocator)
-    try:
-        yield
-    finally:
-        _allocators.pop()
+    return default_pool.malloc(nbytes)
 
 
 def at(address: int) -> NDArray[np.uint8]:
@@ -227,7 +216,7 @@ def emulated_launch(
 class _Nvrtc(SimpleNamespace):
     """ "Compiles" a source to its name."""
 
-    ELF = b"\x7fELF"
+    ELF = b"\x7fELF".ljust(64, b"\0")  # a header, of nothing
 
     class NVRTCError(RuntimeError):
         pass
