@@ -21,6 +21,7 @@ from engine.quant.grades import quantize_shards
 from engine.quant.recipe import Recipe
 from engine.quant.registry import FP4_METHODS
 from engine.quantize import quantize_model
+from engine.weights import conversion
 from engine.weights.checkpoint import Checkpoint
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -156,8 +157,10 @@ def test_refusals():
             quantized(**arguments)
 
 
-def test_a_quantised_file_holds_what_loading_makes(tmp_path: Path):
-    """Shard by shard with its neighbours, or all of a layer's shards at once: the same codes."""
+@pytest.mark.parametrize("shard_bytes", [1, 1 << 28], ids=["a file each", "one file"])
+def test_a_quantised_file_holds_what_loading_makes(shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Shards that share an input are quantised together wherever their files end."""
+    monkeypatch.setattr(conversion, "_SHARD_BYTES", shard_bytes)
     source = write_model("qwen3_tied", tmp_path / "source")
     quantize_model(source, tmp_path / "out", Recipe("sharq", "gram"))
     made: dict[str, Fp4Matrix] = {}
