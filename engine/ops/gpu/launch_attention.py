@@ -11,7 +11,6 @@ Nothing here allocates or launches: arrays, NumPy's or a device's, are the calle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from engine.errors import InvalidArgument
 from engine.ops.gpu.launch import Launch
 
 I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
 
 DECODE, PREFILL, FP32 = "attention_decode.cu", "attention_prefill.cu", "attention_f32.cu"
 TILE_TOKENS = 64
@@ -30,6 +30,8 @@ DECODE_ROWS = 16  # of an item: one MMA tile
 FUSED_SPLITS = 24  # up to so many splits the decode kernel joins them itself
 NO_WINDOW = 2**31 - 1
 _PADDED = (64, 96, 128, 256)  # head_dims the kernels exist for; others are padded in registers and shared memory
+_LEVEL_TILES = np.array([16, 64, 256])  # from here on a split has twice as many tiles as before
+_LEVEL_SPLITS = np.array([0, 8, 24, 56])
 # A chunk of up to so many rows after a long context: attention_prefill would walk it in one block per KV head.
 _FEW_ROWS, _LONG_CONTEXT = 128, 1024
 _ITEM = 8  # int32 per item: sequence, first_token, position, first_row, rows, first_partial, 0, 0
@@ -103,18 +105,13 @@ class AttentionPlan:
         return len(self.decode_items) * shape.KVH
 
 
-def split_of_tile(tile: int) -> int:
-    """The run of tiles whose results are summed up apart: cuda/attention_tile.cuh."""
-    if tile < 16:
-        return tile
-    if tile < 64:
-        return 8 + tile // 2
-    if tile < 256:
-        return 24 + tile // 4
-    return 56 + tile // 8
+def split_of_tile(tile: Any) -> Any:
+    """The run of tiles whose results are summed up apart, of whole numbers or arrays: cuda/attention_tile.cuh."""
+    level = np.searchsorted(_LEVEL_TILES, tile, side="right")
+    return _LEVEL_SPLITS[level] + (tile >> level)
 
 
-def num_splits(first_token: int, last_token: int) -> int:
+def num_splits(first_token: Any, last_token: Any) -> Any:
     """Splits that the tokens of a sequence from first to last touch."""
     return split_of_tile(last_token // TILE_TOKENS) - split_of_tile(first_token // TILE_TOKENS) + 1
 
@@ -122,46 +119,41 @@ def num_splits(first_token: int, last_token: int) -> int:
 def plan_attention(batch: Batch, shape: AttentionShape, window: int | None = None) -> AttentionPlan:
     """Shares the rows of a batch out among blocks; once per step (and window)."""
     G = shape.G
-    window = window or NO_WINDOW
-    decode: list[list[int]] = []
-    prefill: list[list[int]] = []
-    num_partials, most_splits = 0, 0
-    for s, context in enumerate(batch.context_lens.tolist()):
-        first_token, stop = batch.query_start[s : s + 2].tolist()
-        rows, position = (stop - first_token) * G, context - (stop - first_token)
-        few = shape.dtype != "f32" and _few_rows(rows, G, context)
-        step = _whole_tokens(DECODE_ROWS if few else shape.prefill_rows, G)
-        for row in range(0, rows, step):
-            item = [s, first_token, position, row, min(step, rows - row), num_partials, 0, 0]
-            if not few:
-                prefill.append(item)
-                continue
-            lowest = max(0, position + row // G - window + 1)
-            splits = num_splits(lowest, position + (row + item[4] - 1) // G)
-            most_splits = max(most_splits, splits)
-            num_partials += splits if splits > 1 else 0
-            decode.append(item)
-    prefill.sort(key=lambda item: -(item[2] + (item[3] + item[4]) // G))  # the longest walks first
+    new_tokens = np.diff(batch.query_start).astype(np.int64)
+    rows, positions = new_tokens * G, batch.context_lens - new_tokens
+    few = np.zeros(len(rows), bool) if shape.dtype == "f32" else _few_rows(rows, G, batch.context_lens)
+    step = np.where(few, _whole_tokens(DECODE_ROWS, G), _whole_tokens(shape.prefill_rows, G))
+
+    items_of = -(-rows // step)
+    s = np.repeat(np.arange(len(rows)), items_of)  # sequence of every item
+    first_row = (np.arange(len(s)) - np.repeat(np.cumsum(items_of) - items_of, items_of)) * step[s]
+    own_rows = np.minimum(step[s], rows[s] - first_row)
+    lowest = np.maximum(0, positions[s] + first_row // G - (window or NO_WINDOW) + 1)
+    highest = positions[s] + (first_row + own_rows - 1) // G
+
+    decode = few[s]
+    splits = np.where(decode, num_splits(lowest, highest), 0)
+    partials = np.where(splits > 1, splits, 0)
+    columns = (s, batch.query_start[s], positions[s], first_row, own_rows, np.cumsum(partials) - partials)
+    items = np.zeros((len(s), _ITEM), np.int32)
+    items[:, : len(columns)] = np.stack(columns, axis=1)
+    longest_first = np.argsort(-highest[~decode], kind="stable")
     return AttentionPlan(
-        decode_items=_items(decode),
-        prefill_items=_items(prefill),
-        partial_rows=max((item[4] for item in decode), default=0),
-        num_partials=num_partials,
-        most_splits=most_splits,
+        decode_items=items[decode],
+        prefill_items=items[~decode][longest_first],
+        partial_rows=int(own_rows[decode].max(initial=0)),
+        num_partials=int(partials.sum()),
+        most_splits=int(splits.max(initial=0)),
     )
 
 
-def _few_rows(rows: int, G: int, context: int) -> bool:
-    return rows <= max(G, DECODE_ROWS) or (rows <= _FEW_ROWS and context >= _LONG_CONTEXT)
+def _few_rows(rows: I64, G: int, context: I32) -> Any:
+    return (rows <= max(G, DECODE_ROWS)) | ((rows <= _FEW_ROWS) & (context >= _LONG_CONTEXT))
 
 
 def _whole_tokens(rows: int, G: int) -> int:
     """Rows of an item, at most `rows`: whole tokens where one fits."""
     return rows // G * G or rows
-
-
-def _items(items: Sequence[Sequence[int]]) -> I32:
-    return np.array(items, np.int32).reshape(-1, _ITEM)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
