@@ -109,7 +109,7 @@ def test_last_level_cache(tmp_path: Path) -> None:
     assert last_level_cache([7], tmp_path) == 64 << 20  # unknown: a guess
 
 
-class ClockedDevice:
+class ClockedDevice(CpuDevice):
     """Time passes only in calls, and as they say; remembers who was called."""
 
     def __init__(self) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from engine.bench import gemm, model, startup, synthetic, versus_llama_cpp
+from engine.bench import attention, gemm, model, startup, synthetic, versus_llama_cpp
 from engine.cli import run
 
 _SUBJECTS = {
     "gemm": (gemm, "the matrix products of a decode step, all methods side by side, beside the read bandwidth"),
+    "attention": (attention, "paged attention for decoding and for prompts, beside the read bandwidth"),
     "model": (model, "whole models: prompt and generation speed at several depths, peak memory"),
     "llama-cpp": (versus_llama_cpp, "a small model beside llama.cpp, in turns"),
     "startup": (startup, "how long a user waits before anything happens"),

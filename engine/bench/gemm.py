@@ -4,7 +4,8 @@ The matrices are those of real models: q|k|v, output, gate|up, down and the head
 so few rows a product takes as long as its weights take to be read, so the machine's read bandwidth is measured first,
 and again in every round, and each figure comes with its share of it. Weights are used in rotation, from sets twice as
 large as the last-level cache, because in a model each layer's weights were last seen a whole step ago. What a method
-does to activations beforehand (with the norm or the SwiGLU that it is fused with) has rows of its own.
+does to activations beforehand (with the norm or the SwiGLU that it is fused with) has rows of its own. On a GPU,
+NVIDIA's libraries are measured beside the methods where they are installed: cuBLAS in bf16, cuBLASLt in FP8.
 
 Values are random and repeat every 256 rows: they do not change how long a product takes. Times are medians over rounds
 in which every method has its turn, Python's part of a call included; ratios and shares are medians of the ratios within
@@ -24,14 +25,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from engine.bench.cublas import BF16_PEER, FP8_PEER, Peer, peers
 from engine.bench.machine import describe_machine
 from engine.bench.report import Row, add_output_options, as_markdown, distinct_colors, load_pyplot, write_report
 from engine.bench.shapes import SHAPES, any_config, fused_linears
 from engine.bench.synthetic import random_weight
-from engine.bench.timing import BenchDevice, Call, bench_device, copies_for, interleaved, read_bandwidth
+from engine.bench.timing import BenchDevice, Call, GpuDevice, bench_device, copies_for, interleaved, read_bandwidth
 from engine.cli import say
 from engine.config import QuantConfig
-from engine.errors import InvalidArgument
+from engine.errors import DeviceError, InvalidArgument
 from engine.ops.contract import Array
 from engine.quant.method import LinearMethod
 from engine.quant.registry import AS_STORED, METHODS, LayerMethods, bits_per_weight, resolve
@@ -68,7 +70,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), help="default: all")
     group.add_argument("--m", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="rows (default: 1 2 4 … 64)")
     group.add_argument("--methods", nargs="+", default=list(METHODS), help=f"default: {' '.join(METHODS)}")
-    group.add_argument("--device", default="auto", help="auto | cpu | numpy | cuda (default: %(default)s)")
+    device = "auto | cpu | numpy | cuda | cuda:extension (default: %(default)s)"
+    group.add_argument("--device", default="auto", help=device)
+    group.add_argument("--deterministic", action="store_true", help="GPU: the same bits in any batch and chunk")
+    group.add_argument("--no-peers", action="store_true", help="GPU: leave NVIDIA's libraries out")
     group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
     group.add_argument("--seconds", type=float, default=0.5, help="for each matrix and M (default: %(default)s)")
     add_output_options(parser, plot=True)
@@ -83,6 +88,7 @@ class Setup:
     read_bytes: int
     Ms: Sequence[int]
     seconds: float  # for all methods on one matrix and M
+    peers: Mapping[str, Peer]
 
 
 def main(options: argparse.Namespace) -> None:
@@ -92,12 +98,13 @@ def main(options: argparse.Namespace) -> None:
         raise InvalidArgument(f"--m counts rows: at least 1, not {min(options.m)}")
     quants = {name: resolve(QuantConfig(name, "rtn"), None) for name in options.methods}
     products = list(_products(options.model, options.layers))
-    device = bench_device(options.device, options.threads)
-    setup = Setup(device, *device.reader(), options.m, options.seconds)
+    device = bench_device(options.device, options.threads, options.deterministic)
+    found, missing = ({}, []) if options.no_peers else _peers(device)
+    setup = Setup(device, *device.reader(), options.m, options.seconds, found)
     ceiling = read_bandwidth(device, setup.reader, setup.read_bytes)
     say(f"{device.ops.kernel_path}: memory read at {ceiling / 1e9:.1f} GB/s")
     rows: list[Row] = []
-    skipped: list[str] = []
+    skipped: list[str] = missing
     for product in products:
         methods, reasons = fitting(product, quants, device)
         for reason in reasons:
@@ -111,12 +118,17 @@ def main(options: argparse.Namespace) -> None:
         "read_gb_per_s": round(ceiling / 1e9, 2),
         "rotation_bytes": device.rotation_bytes,
         "skipped": skipped,
+        "notes": device.notes,
         "rows": rows,
         "machine": describe_machine(),
     }
     write_report(options, report, as_tables(report))
     if pyplot is not None:
         plot(pyplot, report, options.plot)
+
+
+def _peers(device: BenchDevice) -> tuple[dict[str, Peer], list[str]]:
+    return peers(device.device) if isinstance(device, GpuDevice) else ({}, [])
 
 
 def _products(models: Sequence[str], layers: Sequence[str]) -> Iterator[Product]:
@@ -154,6 +166,9 @@ def memory_needed(product: Product, methods: Iterable[str], rotation_bytes: int)
 def measure(product: Product, methods: Mapping[str, LinearMethod], setup: Setup) -> Iterator[Row]:
     """The rows of one matrix: its products and what is prepared for them, for every M and method."""
     weights = {name: _weights(product, name, method, setup.device) for name, method in methods.items()}
+    others = {name: _peer_weights(product, peer, setup.device) for name, peer in setup.peers.items()}
+    sizes = {name: product.weight_bytes(name) for name in methods}
+    sizes |= {name: product.N * product.K * peer.bytes_per_weight for name, peer in setup.peers.items()}
     for M in setup.Ms:
         say(f"{product.model} {product.layer} {product.N} x {product.K}, M = {M}")
         x = setup.device.array(_random(M, product.K))
@@ -162,7 +177,8 @@ def measure(product: Product, methods: Mapping[str, LinearMethod], setup: Setup)
         for name, method in methods.items():
             operand = method.prepare(x)
             calls[name] = [partial(method.matmul, operand, weight, out=out) for weight in weights[name]]
-        yield from _timed(product, product.layer, M, calls, {n: product.weight_bytes(n) for n in calls}, setup)
+        calls |= _peer_calls(setup.peers, others, M)
+        yield from _timed(product, product.layer, M, calls, sizes, setup)
         calls, nbytes = _preparations(product, methods, M, setup.device)
         yield from _timed(product, f"prepare {product.layer}", M, calls, dict.fromkeys(calls, nbytes), setup)
 
@@ -171,6 +187,23 @@ def _weights(product: Product, name: str, method: LinearMethod, device: BenchDev
     source = random_weight(name, product.N, product.K, device.ops)
     copies = copies_for(product.weight_bytes(name), device.rotation_bytes)
     return [method.pack([source]) for _ in range(copies)]
+
+
+def _peer_weights(product: Product, peer: Peer, device: BenchDevice) -> list[Any]:
+    nbytes = product.N * product.K * peer.bytes_per_weight
+    return [peer.weight(product.N, product.K) for _ in range(copies_for(nbytes, device.rotation_bytes))]
+
+
+def _peer_calls(found: Mapping[str, Peer], weights: Mapping[str, list[Any]], M: int) -> dict[str, list[Call]]:
+    calls: dict[str, list[Call]] = {}
+    for name, peer in found.items():
+        try:
+            calls[name] = list(peer.product(M, weights[name]))
+            calls[name][0]()
+        except DeviceError as problem:
+            say(f"skipped: {name}, M = {M}: {problem}")
+            calls.pop(name, None)
+    return calls
 
 
 def _preparations(
@@ -195,7 +228,8 @@ def _preparations(
 
 
 def _random(M: int, K: int) -> Array:
-    return np.random.default_rng(1).standard_normal((M, K), np.float32).astype(BF16)
+    values = np.random.default_rng(1).standard_normal((min(M, 256), K), np.float32).astype(BF16)
+    return np.resize(values, (M, K))
 
 
 def _timed(
@@ -213,6 +247,7 @@ def _timed(
     ceilings = [setup.read_bytes / time for time in times[_CEILING]]
     for name in calls:
         rates = [nbytes[name] / time for time in times[name]]
+        median = statistics.median(times[name])
         yield {
             "model": product.model,
             "layer": layer,
@@ -220,13 +255,20 @@ def _timed(
             "K": product.K,
             "M": M,
             "method": name,
-            "microseconds": round(statistics.median(times[name]) * 1e6, 2),
+            "microseconds": round(median * 1e6, 2),
             "bytes": nbytes[name],
             "gb_per_s": round(statistics.median(rates) / 1e9, 2),
             "of_ceiling": _median_ratio(rates, ceilings),
+            "tflop_per_s": None if " " in layer else round(_operations(product, M) / median / 1e12, 3),
             "times_bf16": _median_ratio(times[AS_STORED], times[name]) if AS_STORED in times else None,
+            "times_cublas_bf16": _median_ratio(times[BF16_PEER], times[name]) if BF16_PEER in times else None,
+            "times_cublaslt_fp8": _median_ratio(times[FP8_PEER], times[name]) if FP8_PEER in times else None,
             "rounds": len(rates),
         }
+
+
+def _operations(product: Product, M: int) -> int:
+    return 2 * M * product.N * product.K
 
 
 def _median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
@@ -243,13 +285,15 @@ def as_tables(report: Mapping[str, Any]) -> str:
             own = {row["M"]: row for row in rows if row["method"] == method}
             lines.append([method, f"{own[Ms[0]]['bytes'] / 1e6:.2f}", *(_cell(own[M]) for M in Ms)])
         shape = f"{rows[0]['N']} x {rows[0]['K']}" if " " not in layer else f"K = {rows[0]['K']}"
-        parts.append(f"### {model} {layer}, {shape}: µs, GB/s, share of the ceiling, x bf16")
+        peer = any(row["times_cublas_bf16"] for row in rows)
+        parts.append(f"### {model} {layer}, {shape}: µs, GB/s, share of the ceiling, x {'cuBLAS ' * peer}bf16")
         parts.append(as_markdown(["method", "MB", *(f"M = {M}" for M in Ms)], lines))
     return "\n\n".join([*parts, *(f"skipped: {reason}" for reason in report["skipped"])])
 
 
 def _cell(row: Row) -> str:
-    beside = "" if row["times_bf16"] is None else f", {row['times_bf16']:.2f}x"
+    ratio = row["times_cublas_bf16"] or row["times_bf16"]
+    beside = "" if ratio is None else f", {ratio:.2f}x"
     return f"{row['microseconds']:.1f}, {row['gb_per_s']:.1f}, {row['of_ceiling']:.0%}{beside}"
 
 

@@ -8,7 +8,12 @@ A step is the model's forward pass with the head on its last row; there is no sc
 (`llama-cpp` measures what users see). Mean and standard deviation over repetitions in which every test has its turn.
 Generating is bound by the weights and the cache that each token reads: the rate at which they were read stands beside
 it, with its share of the read bandwidth that was measured first, in a process of its own so that the peak memory
-reported is the model's. The model is a directory or alias, or a shape that gets random weights, quantised layer by
+reported is the model's. On a GPU that process is this one, and `--graph-batch` adds what one step of so many sequences
+takes as a CUDA graph, without Python:
+
+    step16 @ d512  16 sequences, one new token each, after 512 tokens; tokens per second of all together
+
+The model is a directory or alias, or a shape that gets random weights, quantised layer by
 layer as they are made, without a file.
 """
 
@@ -27,14 +32,15 @@ from typing import Any
 
 import numpy as np
 
+from engine.bench.attention import Case
 from engine.bench.machine import describe_machine
 from engine.bench.report import Row, add_output_options, as_markdown, write_report
 from engine.bench.shapes import SHAPES, shape_config
 from engine.bench.steps import OneSequence
 from engine.bench.synthetic import random_decoder
-from engine.bench.timing import BenchDevice, Call, bench_device, read_bandwidth
+from engine.bench.timing import BenchDevice, Call, GpuDevice, bench_device, read_bandwidth
 from engine.cli import say
-from engine.config import ModelConfig, QuantConfig
+from engine.config import EngineConfig, ModelConfig, QuantConfig
 from engine.errors import ConfigError, InvalidArgument
 from engine.json_file import read_json
 from engine.loading import load_model
@@ -45,7 +51,7 @@ from engine.models.registry import read_config
 from engine.ops.contract import Ops
 from engine.progress import progress_bar
 from engine.quant.registry import resolve
-from engine.runner import activation_dtype
+from engine.runner import ModelRunner, activation_dtype, plan_cache
 from engine.weights.locate import locate
 
 _STEP = 512  # tokens of a prompt that are run at once, the engine's own default
@@ -88,7 +94,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tg", nargs="*", type=int, default=[128], help="tokens to generate (default: 128)")
     group.add_argument("--depth", nargs="+", type=int, default=[0], help="tokens there before (default: 0)")
     group.add_argument("--repetitions", type=int, default=5)
-    group.add_argument("--device", default="auto", help="auto | cpu | numpy | cuda (default: %(default)s)")
+    group.add_argument(
+        "--graph-batch", nargs="*", type=int, default=[], help="GPU: sequences of a step as a CUDA graph"
+    )
+    device = "auto | cpu | numpy | cuda | cuda:extension (default: %(default)s)"
+    group.add_argument("--device", default="auto", help=device)
+    group.add_argument("--deterministic", action="store_true", help="GPU: the same bits in any batch and chunk")
     group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
     add_output_options(parser)
 
@@ -96,13 +107,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> None:
     """Load, measure, print."""
     tests = list(_tests(options))
-    device = bench_device(options.device, options.threads)
-    bandwidth = _bandwidth(options)
+    device = bench_device(options.device, options.threads, options.deterministic)
+    if options.graph_batch and not isinstance(device, GpuDevice):
+        raise InvalidArgument("--graph-batch needs --device cuda")
+    bandwidth = read_bandwidth(device, *device.reader()) if isinstance(device, GpuDevice) else _bandwidth(options)
     say(f"{device.ops.kernel_path}: memory read at {bandwidth / 1e9:.1f} GB/s")
     model = _load(options, device.ops)
-    sequence = OneSequence(model.decoder, device.ops, model.dtype, max(test.depth + test.count for test in tests))
+    longest = max((test.depth + test.count for test in tests), default=2)
+    sequence = OneSequence(model.decoder, device.ops, model.dtype, longest)
     config = model.decoder.config
-    rates = measure(sequence, tests, device, options.repetitions, config.vocab_size)
+    rates = measure(sequence, tests, device, options.repetitions, config.vocab_size) if tests else {}
+    rows = [_row(test, rates[test], model, bandwidth) for test in tests]
+    for S in options.graph_batch:
+        rows += [graph_row(S, depth, model, device, bandwidth, options.repetitions) for depth in options.depth]
     weights = model.decoder.weight_bytes + model.embedding_bytes
     name = options.shape or options.model
     report = {
@@ -119,7 +136,8 @@ def main(options: argparse.Namespace) -> None:
         "cache_bytes": sequence.cache_bytes,
         "peak_rss_bytes": peak_memory(),
         "peak_rss_limit_bytes": int(1.3 * weights) + sequence.cache_bytes + 200_000_000,
-        "rows": [_row(test, rates[test], model, bandwidth) for test in tests],
+        "notes": device.notes,
+        "rows": rows,
         "machine": describe_machine(),
     }
     write_report(options, report, as_table(report))
@@ -127,9 +145,9 @@ def main(options: argparse.Namespace) -> None:
 
 def _tests(options: argparse.Namespace) -> Iterator[Test]:
     """Raises InvalidArgument where there is nothing to measure."""
-    if not options.pp and not options.tg:
+    if not options.pp and not options.tg and not options.graph_batch:
         raise InvalidArgument("nothing to measure: give --pp or --tg a length")
-    if min([*options.pp, *options.tg, options.repetitions]) < 1 or min(options.depth) < 0:
+    if min([*options.pp, *options.tg, *options.graph_batch, options.repetitions]) < 1 or min(options.depth) < 0:
         raise InvalidArgument("--pp, --tg and --repetitions count from 1, --depth from 0")
     for depth in options.depth:
         yield from (Test("pp", count, depth) for count in options.pp)
@@ -217,11 +235,38 @@ def _row(test: Test, rates: list[float], model: Model, bandwidth: float) -> Row:
     }
 
 
+def graph_row(S: int, depth: int, model: Model, device: BenchDevice, bandwidth: float, repetitions: int) -> Row:
+    """A step of S sequences, captured once and repeated: its first layer writes K and V that are there already."""
+    config = model.decoder.config
+    plan = plan_cache(config, EngineConfig(max_model_len=depth + 2, max_num_seqs=S), device.ops, model.dtype.itemsize)
+    runner = ModelRunner(model.decoder, device.ops, plan, model.dtype)
+    batch = Case(S, depth + 1, 1).batch(plan.block_size)
+
+    def step() -> None:
+        model.decoder.logits(model.decoder.forward(batch, runner.cache))
+
+    turn = device.turn([step], 1)
+    seconds = [turn() for _ in range(repetitions + 1)][1:]
+    rates = [S / time for time in seconds]
+    read = (model.decoder.weight_bytes + S * kv_bytes_per_token(model) * (depth + 1)) / statistics.fmean(seconds)
+    return {
+        "test": f"step{S}" + (f" @ d{depth}" if depth else ""),
+        "tokens_per_s": round(statistics.fmean(rates), 2),
+        "std": round(statistics.stdev(rates), 2) if len(rates) > 1 else None,
+        "gb_per_s": round(read / 1e9, 2),
+        "of_ceiling": round(read / bandwidth, 3),
+        "repetitions": len(rates),
+    }
+
+
+def kv_bytes_per_token(model: Model) -> int:
+    config = model.decoder.config
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
+
+
 def bytes_per_token(test: Test, model: Model) -> float:
     """What a generated token must read, on average over the test: all weights, K and V so far (windows aside)."""
-    config = model.decoder.config
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
-    return model.decoder.weight_bytes + per_token * (test.depth + (test.count + 1) / 2)
+    return model.decoder.weight_bytes + kv_bytes_per_token(model) * (test.depth + (test.count + 1) / 2)
 
 
 def as_table(report: dict[str, Any]) -> str:

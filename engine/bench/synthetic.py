@@ -12,13 +12,13 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from engine.bench.quick_weights import QuickGpuOps, shape_only
 from engine.bench.shapes import SHAPES, shape_config
 from engine.config import ModelConfig, QuantConfig
 from engine.errors import InvalidArgument
@@ -26,14 +26,19 @@ from engine.fp4_types import Fp4Matrix
 from engine.fp8_types import Fp8Matrix
 from engine.layers import Context
 from engine.models.decoder import Decoder
+from engine.models.linears import linear_modules
 from engine.ops.contract import Ops
 from engine.ops.reference import ReferenceOps
 from engine.quant.method import Weight
 from engine.quant.recipe import Recipe
 from engine.quant.registry import AS_STORED, LayerMethods
+from engine.quant.scheme import HEAD
 from engine.weights.checkpoint import INDEX
 from engine.weights.write import save_safetensors
 from engine.workspace import Workspace
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 _ROWS = 256  # of random numbers; then they repeat
@@ -44,13 +49,32 @@ def random_decoder(config: ModelConfig, ops: Ops, dtype: np.dtype[Any], quant: Q
     """A model that never was on disk; quant: resolved. One layer at a time exists unquantised."""
     workspace = Workspace(ops)
     model = Decoder(config, Context(ops, workspace, dtype, LayerMethods(quant, ops, workspace)))
+    linears = linear_modules(config) if isinstance(ops, QuickGpuOps) else {}
     for parameter in model.parameters():
-        parameter.fill(_values(parameter.name, parameter.shape))
+        module = parameter.name.removesuffix(".weight")
+        if module in linears:
+            parameter.fill(random_weight(_stored_as(module, linears[module][1], quant), *linears[module], ops))
+        else:
+            parameter.fill(_values(parameter.name, parameter.shape))
     return model
 
 
+def _stored_as(module: str, K: int, quant: QuantConfig) -> str:
+    """The method whose weights a linear layer has."""
+    if module == HEAD:
+        return quant.head or AS_STORED
+    if quant.method == AS_STORED or (quant.fallback and not Recipe(quant.method, "rtn").body.fits(K)):
+        return AS_STORED
+    return quant.method
+
+
 def random_weight(method: str, N: int, K: int, ops: Ops) -> Weight:
-    """A weight [N, K] as a quantised checkpoint of this method would hold it; bf16 for "bf16". K must fit."""
+    """A weight [N, K] as a quantised checkpoint of this method would hold it; bf16 for "bf16". K must fit.
+
+    For `QuickGpuOps` a weight's shape without its memory.
+    """
+    if isinstance(ops, QuickGpuOps):
+        return shape_only(random_weight(method, 1, K, ReferenceOps()), N)
     w = _matrix(min(N, _ROWS), K)
     if method == AS_STORED:
         return _repeated(w, N)
@@ -125,6 +149,8 @@ def _repeated(array: NDArray[Any], rows: int) -> NDArray[Any]:
 
 
 def _byte_tokenizer() -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # nothing else here needs it
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
