@@ -24,8 +24,7 @@
 // scheduler at D = 128: ~480 in those 1,700 clocks; E4M3 ~830 in 860, and at D = 64 ~560 in 430: these two may be bound
 // by instructions on an H200.
 // Limits: D > 128 has one stage (71 KB), and with E4M3 takes 101 KB, which sm_86, 89 and 120 do not have.
-// Hardware must still prove: speed; that an MMA's rows get the same bits whatever the others hold; the last arriver's
-// fence. Reference: ReferenceOps.attention.
+// Hardware must still prove speed and the last arriver's fence. Reference: ReferenceOps.attention.
 #include "attention_tile.cuh"
 
 constexpr int kDecodeWarps = 4;
@@ -100,7 +99,7 @@ __device__ __forceinline__ void attention_join(const DecodeArgs<T, KV>& a) {
     const AttentionItem item = load_item(a.items, blockIdx.z);
     const int row = blockIdx.x;
     if (row >= item.rows) return;
-    const int splits = splits_of(seen_by_rows(item, 0, item.rows - 1, a.group(), a.window)).count;
+    const int splits = splits_of(seen_by_all(item, a.group(), a.window)).count;
     if (splits > kFusedSplits) join_partials(a, item, blockIdx.y, splits, row, row + 1);
 }
 
@@ -175,7 +174,10 @@ struct DecodeSplit {
             rescale[half] = rows.raise(half, most, c);
         }
         exchange.sums[warp_of_block()][lane_of_warp()] = weigh(s[0], s[1], c, rows.maximum);
-        exchange.weights[warp_of_block()][lane_of_warp()] = packed_weights<T>(s[0], s[1]);
+        u32 weights[4];
+        pack_weights<T>(weights, s[0], s[1]);
+        exchange.weights[warp_of_block()][lane_of_warp()] =
+            make_uint4(weights[0], weights[1], weights[2], weights[3]);
     }
 
     __device__ __forceinline__ void add_own_columns(int tile, const float (&rescale)[2]) {
@@ -188,8 +190,7 @@ struct DecodeSplit {
             weights[warp][0] = fragment.x, weights[warp][1] = fragment.y;
             weights[warp][2] = fragment.z, weights[warp][3] = fragment.w;
         }
-        rows.sum[0] = __fmaf_rn(rows.sum[0], rescale[0], sum_of_four(sums[0].x, sums[1].x, sums[2].x, sums[3].x));
-        rows.sum[1] = __fmaf_rn(rows.sum[1], rescale[1], sum_of_four(sums[0].y, sums[1].y, sums[2].y, sums[3].y));
+        rows.add(rescale, sums);
         scale_rows(o, rescale);
         add_values<T, DP>(o, weights, tiles.v_tile(tile) + warp_of_block() * kColumns * 16);
     }
@@ -249,7 +250,7 @@ __device__ __forceinline__ void attention_decode(const DecodeArgs<T, KV>& a) {
     if (item.rows == 0) return;
     const int kv_head = blockIdx.y, G = a.group(), g = lane_of_warp() >> 2;
     const Tokens seen[2] = {seen_by(item, g, G, a.window), seen_by(item, g + 8, G, a.window)};
-    const Tokens tokens = seen_by_rows(item, 0, item.rows - 1, G, a.window);
+    const Tokens tokens = seen_by_all(item, G, a.window);
     const typename Split::Tiles tiles(a.k_cache, a.v_cache, a.block_tables + i64{item.sequence} * a.table_stride,
                                       kv_head, a.KVH, a.D, tokens, reinterpret_cast<unsigned char*>(attention_shared));
     u32 queries[DP / 16][4];

@@ -12,16 +12,16 @@
 // brings the next tile while this one is worked on (D > 128: one stage, no overlap within the block).
 //
 // Moves 4·D bytes of K and V per token (16 bits) and 128 rows, through L2; q and out once. Shared memory: 68 KB at
-// D = 128, with E4M3 50; 66 and 98 KB at D = 256. Per tile and warp 128 MMA among ~870 instructions (D = 128, sm_90):
-// issue slots are the limit on an H200, at 59 % of its tensor cores by count; on sm_80 to 89 the tensor cores are.
+// D = 128, with E4M3 50; 66 and 98 KB at D = 256. Per whole tile and warp 128 MMA among ~670 instructions (D = 128,
+// sm_90): issue slots are the limit on an H200, at 76 % of its tensor cores by count; on sm_80 to 89 the tensor cores
+// are. A hundred of the 670 are exp2f's care for subnormals, which ex2.approx.ftz would save.
 //
 // deterministic = 1 makes a row's bits those of attention_decode, whatever the chunk and wherever it is cut. Ending a
-// split costs ~230 instructions per warp (D = 128): 27 % of a tile for each tile below position 1024, where attention
-// itself is little, 13, 7 and 3 % from 1024, 4096, 16384 on. With 0 only the order of sums differs, and the total lies
+// split costs ~230 instructions per warp (D = 128): 35 % of a tile for each tile below position 1024, where attention
+// itself is little, 17, 9 and 4 % from 1024, 4096, 16384 on. With 0 only the order of sums differs, and the total lies
 // idle; D = 64 and 128 keep part of it, D = 256 all, in local memory (tests/test_cuda_compile.py counts it as spills).
-// Limits: as for decode; no wgmma: for long prompts on Hopper such a kernel belongs beside this one.
-// Hardware must still prove: speed; that an MMA's rows get the same bits whatever the others hold. Reference:
-// ReferenceOps.attention.
+// Limits: as for decode; no wgmma: for long prompts on Hopper such a kernel belongs beside this one. Hardware must still
+// prove speed. Reference: ReferenceOps.attention.
 #include "attention_tile.cuh"
 
 template <class T, class KV>
@@ -76,12 +76,9 @@ struct PrefillRows {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             sums[i] = weigh(s[2 * i], s[2 * i + 1], c, rows.maximum);
-            const uint4 fragment = packed_weights<T>(s[2 * i], s[2 * i + 1]);
-            weights[i][0] = fragment.x, weights[i][1] = fragment.y;
-            weights[i][2] = fragment.z, weights[i][3] = fragment.w;
+            pack_weights<T>(weights[i], s[2 * i], s[2 * i + 1]);
         }
-        rows.sum[0] = __fmaf_rn(rows.sum[0], rescale[0], sum_of_four(sums[0].x, sums[1].x, sums[2].x, sums[3].x));
-        rows.sum[1] = __fmaf_rn(rows.sum[1], rescale[1], sum_of_four(sums[0].y, sums[1].y, sums[2].y, sums[3].y));
+        rows.add(rescale, sums);
         if (__any_sync(kAllLanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) scale_rows(o, rescale);  // rare later on
         add_values<T, DP>(o, weights, v);
     }
@@ -156,7 +153,7 @@ __device__ __forceinline__ void attention_prefill(const PrefillArgs<T, KV>& a) {
     const AttentionItem item = load_item(a.items, blockIdx.y);
     if (item.rows == 0) return;
     const int kv_head = blockIdx.x, G = a.H / a.KVH;
-    const Tokens tokens = seen_by_rows(item, 0, item.rows - 1, G, a.window);
+    const Tokens tokens = seen_by_all(item, G, a.window);
     const int begin = tokens.begin / kTileTokens, end = (tokens.end - 1) / kTileTokens + 1;
     const Tiles tiles(a.k_cache, a.v_cache, a.block_tables + i64{item.sequence} * a.table_stride, kv_head, a.KVH, a.D,
                       tokens, reinterpret_cast<unsigned char*>(attention_shared));

@@ -8,7 +8,7 @@
 //   s_t = Σ_d q_d k_td                       mma m16n8k16, fp32 accumulators, d ascending in steps of 16
 //   m'  = max(m, max_t s_t · c)              c = scale · log2 e (· k_scale); unseen tokens have s_t = −inf
 //   w_t = 2^(s_t · c − m')                   one fma, exp2f (2 ulp)
-//   l   = l · 2^(m − m') + Σ_t w_t           in four parts, one per lane of a quad; within it as weigh, sum_of_four
+//   l   = l · 2^(m − m') + Σ_t w_t           in four parts, one per lane of a quad; within it as weigh and add do
 //   o   = o · 2^(m − m') + Σ_t w_t v_t       w_t rounded to v's type; mma m16n8k16, t ascending in steps of 16
 //
 // Runs of tiles ("splits") begin at fixed absolute positions (split_of_tile). A split starts anew; its (m, l, o) joins
@@ -20,9 +20,12 @@
 // in f16) and of the result (the same) is nearly all there is. A NaN or infinite V also reaches earlier rows of its own
 // sequence that share its tile, as 0 · inf; K and other sequences never do.
 //
-// KV types: T itself, or E4M3 codes (u8): k = k_scale[head] · code, v = v_scale[head] · code, fp32 scales per layer and
-// KV head, fixed for the cache's life; writers store e4m3(x / scale), nearest even, clamped to ±448. Codes widen to T
-// exactly on their way into the tile. The two NaN codes read as ±480: writers must flag NaN themselves.
+// KV types: T itself, or E4M3 codes (u8) for T = bf16: k = k_scale[head] · code, v = v_scale[head] · code, fp32 scales
+// per layer and KV head, fixed for the cache's life; writers store e4m3(x / scale), nearest even, clamped to ±448. Codes
+// widen to bf16 exactly on their way into the tile. The two NaN codes read as ±480: writers must flag NaN themselves.
+//
+// Hardware must still prove, for equal bits, what the emulator's MMA has by construction: that a row's result does not
+// depend on the other rows, nor a sum on products that are 0.
 #pragma once
 
 #include "kv_cache.cuh"
@@ -91,9 +94,9 @@ __device__ __forceinline__ Tokens seen_by(const AttentionItem& item, int row, in
     const int position = item.position + (item.first_row + row) / G;
     return {max(0, position - window + 1), position + 1};
 }
-// What the rows [first, last] see together; later rows see later tokens.
-__device__ __forceinline__ Tokens seen_by_rows(const AttentionItem& item, int first, int last, int G, int window) {
-    return {seen_by(item, first, G, window).begin, seen_by(item, min(last, item.rows - 1), G, window).end};
+// What all its rows see together; later rows see later tokens.
+__device__ __forceinline__ Tokens seen_by_all(const AttentionItem& item, int G, int window) {
+    return {seen_by(item, 0, G, window).begin, seen_by(item, item.rows - 1, G, window).end};
 }
 
 // Offset of an item's row from the start of q or out, to the head's first element.
@@ -104,25 +107,15 @@ __device__ __forceinline__ i64 row_offset(const AttentionItem& item, int row, in
 
 // ---- K and V through shared memory ----------------------------------------------------------------------------------
 
-// Four E4M3 codes as the 16-bit numbers they are. The bits are placed so that the exponent field is right but for the
+// Four E4M3 codes as the bf16 numbers they are. The bits are placed so that the exponent field is right but for the
 // bias, which a multiplication mends exactly, subnormals included.
-template <class T> __device__ __forceinline__ uint2 widen_e4m3(u32 codes);
-template <> __device__ __forceinline__ uint2 widen_e4m3<bf16>(u32 codes) {
+__device__ __forceinline__ uint2 widen_e4m3(u32 codes) {
     const __nv_bfloat162 mend = __float2bfloat162_rn(0x1p120f);
     uint2 pairs = {__byte_perm(codes, 0, 0x1404), __byte_perm(codes, 0, 0x3424)};
     pairs.x = (pairs.x & 0x80008000u) | (pairs.x >> 4 & 0x07f007f0u);
     pairs.y = (pairs.y & 0x80008000u) | (pairs.y >> 4 & 0x07f007f0u);
     const __nv_bfloat162 low = __hmul2(reinterpret_cast<__nv_bfloat162&>(pairs.x), mend);
     const __nv_bfloat162 high = __hmul2(reinterpret_cast<__nv_bfloat162&>(pairs.y), mend);
-    return {reinterpret_cast<const u32&>(low), reinterpret_cast<const u32&>(high)};
-}
-template <> __device__ __forceinline__ uint2 widen_e4m3<f16>(u32 codes) {
-    const __half2 mend = __float2half2_rn(0x1p8f);
-    uint2 pairs = {__byte_perm(codes, 0, 0x1404), __byte_perm(codes, 0, 0x3424)};
-    pairs.x = (pairs.x & 0x80008000u) | (pairs.x >> 1 & 0x3f803f80u);
-    pairs.y = (pairs.y & 0x80008000u) | (pairs.y >> 1 & 0x3f803f80u);
-    const __half2 low = __hmul2(reinterpret_cast<__half2&>(pairs.x), mend);
-    const __half2 high = __hmul2(reinterpret_cast<__half2&>(pairs.y), mend);
     return {reinterpret_cast<const u32&>(low), reinterpret_cast<const u32&>(high)};
 }
 
@@ -132,7 +125,7 @@ template <> __device__ __forceinline__ uint2 widen_e4m3<f16>(u32 codes) {
 // conflicts. E4M3 lands in the stages as it lies in memory and is widened into one tile behind them.
 template <class T, class KV, int DP, int kWarps, int kStages>
 struct KvTiles {
-    static constexpr bool kNarrow = sizeof(KV) == 1;
+    static constexpr bool kNarrow = sizeof(KV) == 1;  // E4M3; T is bf16
     static constexpr int kStride = DP + 8, kTileBytes = kTileTokens * kStride * 2, kRows = kTileTokens / kWarps;
     static constexpr int kStageBytes = kNarrow ? kTileTokens * DP : kTileBytes;  // of K or of V
     static constexpr int kSharedBytes = 2 * kStages * kStageBytes + (kNarrow ? 2 * kTileBytes : 0);
@@ -141,7 +134,7 @@ struct KvTiles {
     const int* table;  // the sequence's blocks
     i64 block_stride;  // elements
     int D;
-    Tokens tokens;  // that anyone sees
+    Tokens tokens;          // that anyone sees
     unsigned char* memory;  // kSharedBytes of shared memory
     u32 shared;             // its address
 
@@ -219,7 +212,7 @@ struct KvTiles {
         }
     }
     __device__ __forceinline__ void widen_eight(int to, int row, int d, u32 low, u32 high) const {
-        const uint2 a = widen_e4m3<T>(low), b = widen_e4m3<T>(high);
+        const uint2 a = widen_e4m3(low), b = widen_e4m3(high);
         *reinterpret_cast<uint4*>(memory + to + (row * kStride + d) * 2) = make_uint4(a.x, a.y, b.x, b.y);
     }
 };
@@ -316,15 +309,12 @@ __device__ __forceinline__ float2 weigh(float (&low)[4], float (&high)[4], float
     return {__fadd_rn(__fadd_rn(low[0], low[1]), __fadd_rn(high[0], high[1])),
             __fadd_rn(__fadd_rn(low[2], low[3]), __fadd_rn(high[2], high[3]))};
 }
-__device__ __forceinline__ float sum_of_four(float a, float b, float c, float d) {
-    return __fadd_rn(__fadd_rn(a, b), __fadd_rn(c, d));
-}
 
 // The weights of 16 tokens as an A fragment.
 template <class T>
-__device__ __forceinline__ uint4 packed_weights(const float (&low)[4], const float (&high)[4]) {
-    return make_uint4(Word<T>::pack(low[0], low[1]), Word<T>::pack(low[2], low[3]), Word<T>::pack(high[0], high[1]),
-                      Word<T>::pack(high[2], high[3]));
+__device__ __forceinline__ void pack_weights(u32 (&a)[4], const float (&low)[4], const float (&high)[4]) {
+    a[0] = Word<T>::pack(low[0], low[1]), a[1] = Word<T>::pack(low[2], low[3]);
+    a[2] = Word<T>::pack(high[0], high[1]), a[3] = Word<T>::pack(high[2], high[3]);
 }
 
 // m and l of rows g and g + 8; l is this lane's share until sum_of_lanes(l, 4).
@@ -336,6 +326,11 @@ struct RowStates {
         const float before = maximum[half];
         maximum[half] = fmaxf(before, __fmul_rn(score, c));
         return exp2f(before - maximum[half]);
+    }
+    // Adds a tile's weights, summed by weigh in sixteens of tokens.
+    __device__ __forceinline__ void add(const float (&rescale)[2], const float2 (&s)[4]) {
+        sum[0] = __fmaf_rn(sum[0], rescale[0], __fadd_rn(__fadd_rn(s[0].x, s[1].x), __fadd_rn(s[2].x, s[3].x)));
+        sum[1] = __fmaf_rn(sum[1], rescale[1], __fadd_rn(__fadd_rn(s[0].y, s[1].y), __fadd_rn(s[2].y, s[3].y)));
     }
 };
 

@@ -165,10 +165,11 @@ def test_groups_and_windows(H, KVH, window):
 
 @pytest.mark.parametrize("context", [1100, 5000, 17000])
 @pytest.mark.parametrize("window", [None, 3000])
-def test_decode_over_a_long_context(context, window):
+@pytest.mark.parametrize("kv", [BF16, E4M3], ids=str)
+def test_decode_over_a_long_context(context, window, kv):
     """Splits of every length; with more than FUSED_SPLITS a launch of its own joins them."""
     assert (num_splits(0, 4999) > FUSED_SPLITS) and (num_splits(0, 1099) <= FUSED_SPLITS)
-    assert_close(Scene(2, 1, 16, (context, 40)), (0, context - 3, context), (1, 39, 40), window=window)
+    assert_close(Scene(2, 1, 16, (context, 40), kv=kv), (0, context - 3, context), (1, 39, 40), window=window)
 
 
 @pytest.mark.parametrize("D", [64, 96, 128, 256])
