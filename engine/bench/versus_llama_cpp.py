@@ -19,14 +19,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from engine import LLM, SamplingParams
 from engine.bench.machine import describe_machine
 from engine.bench.report import Row, add_output_options, as_markdown, write_report
 from engine.bench.synthetic import write_model
 from engine.cli import say
 from engine.errors import DeviceError
+
+if TYPE_CHECKING:
+    from engine import LLM
 
 SHAPE = "qwen2.5-0.5b-32k"
 PEER_TYPES = ("bf16", "q4_0", "q8_0", "nvfp4")
@@ -73,6 +75,8 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _ours(options: argparse.Namespace) -> LLM:
+    from engine import LLM  # with tokenizers, which other benchmarks do without
+
     return LLM(
         options.work / SHAPE,
         quant=options.quant,
@@ -120,6 +124,8 @@ def _round(llm: LLM, ask: Ask) -> dict[str, dict[str, float]]:
 
 def _prefill(llm: LLM) -> float:
     """Seconds from submitting 512 tokens to the first answer token."""
+    from engine import SamplingParams
+
     tokens = [300 + i * 7919 % 31000 for i in range(PREFILL)]
     start = time.perf_counter()
     with llm.stream(tokens, SamplingParams(temperature=0, max_tokens=1)) as stream:
@@ -129,6 +135,8 @@ def _prefill(llm: LLM) -> float:
 
 def _decode(llm: LLM) -> float:
     """Seconds for 64 answer tokens after the first."""
+    from engine import SamplingParams
+
     params = SamplingParams(temperature=0, max_tokens=DECODE + 1, ignore_eos=True)
     with llm.stream([300], params) as stream:
         next(stream)

@@ -9,6 +9,7 @@ Which GPU: the first that CUDA_VISIBLE_DEVICES leaves.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from math import prod
 from types import ModuleType
@@ -25,6 +26,7 @@ _ARCHITECTURES = {
     (8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a", (12, 0): "sm_120a",
     (12, 1): "sm_121a",
 }  # fmt: skip
+_STAGING = 4  # copies from the host that may be under way
 _KV_SHARE = 0.9  # of what the weights left; the rest is scratch, and grows with the batch
 
 
@@ -76,10 +78,12 @@ class GpuArray:
         return GpuArray(self._memory, self.address, wanted, self.dtype)
 
     def view(self, dtype: np.dtype[Any]) -> GpuArray:
-        """The same bytes as another dtype of the same size."""
-        if np.dtype(dtype).itemsize != self.itemsize:
-            raise InvalidArgument(f"{self.dtype} and {dtype} differ in size")
-        return GpuArray(self._memory, self.address, self.shape, np.dtype(dtype))
+        """The same bytes as another dtype; the last dimension grows or shrinks with its size."""
+        dtype = np.dtype(dtype)
+        last, rest = divmod(self.shape[-1] * self.itemsize, dtype.itemsize)
+        if rest:
+            raise InvalidArgument(f"rows of {self.shape[-1]} {self.dtype} are no whole number of {dtype}")
+        return GpuArray(self._memory, self.address, (*self.shape[:-1], last), dtype)
 
 
 class CudaGraph:
@@ -128,6 +132,8 @@ class CudaDevice:
         self.name = f"{properties['name'].decode()}, {self.arch}, {self._loader.name}{', debug' if debug else ''}"
         self.stream = self._cupy.cuda.Stream(non_blocking=True)
         self._captured: list[Launch] | None = None  # while a graph is captured
+        self._staging: list[tuple[int, Any, Any] | None] = [None] * _STAGING  # bytes, pinned memory, event
+        self._next = 0
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -155,6 +161,32 @@ class CudaDevice:
             self._copy(copy.address, host.ctypes.data, host.nbytes, "memcpyHostToDevice")
             self.synchronize()  # the host's memory is the caller's again
         return copy
+
+    def write(self, array: GpuArray, host: NDArray[Any]) -> None:
+        """Copies a host array over a device array of its shape and dtype, behind what was launched before.
+
+        It goes through pinned memory, so that neither the host waits nor its array is needed afterwards.
+        """
+        if (array.shape, array.dtype) != (host.shape, host.dtype):
+            raise InvalidArgument(f"{host.dtype} {host.shape} cannot be written over {array.dtype} {array.shape}")
+        if not host.nbytes:
+            return
+        source = np.ascontiguousarray(host)
+        pinned, copied = self._pinned(source.nbytes)
+        ctypes.memmove(pinned.ptr, source.ctypes.data, source.nbytes)
+        self._copy(array.address, pinned.ptr, source.nbytes, "memcpyHostToDevice")
+        copied.record(self.stream)
+
+    def _pinned(self, nbytes: int) -> tuple[Any, Any]:
+        """Pinned memory whose last use is over, and the event to record behind the next: they take turns."""
+        self._next = (self._next + 1) % len(self._staging)
+        held = self._staging[self._next]
+        if held is not None:
+            held[2].synchronize()
+        if held is None or held[0] < nbytes:
+            held = (nbytes, self._cupy.cuda.alloc_pinned_memory(nbytes), self._cupy.cuda.Event())
+            self._staging[self._next] = held
+        return held[1], held[2]
 
     def download(self, array: GpuArray) -> NDArray[Any]:
         host = np.empty(array.shape, array.dtype)
