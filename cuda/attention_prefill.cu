@@ -20,8 +20,8 @@
 // split costs ~230 instructions per warp (D = 128): 35 % of a tile for each tile below position 1024, where attention
 // itself is little, 17, 9 and 4 % from 1024, 4096, 16384 on. With 0 only the order of sums differs, and the total lies
 // idle; D = 64 and 128 keep part of it, D = 256 all, in local memory (tests/test_cuda_compile.py counts it as spills).
-// Limits: as for decode; no wgmma: for long prompts on Hopper such a kernel belongs beside this one. Hardware must still
-// prove speed. Reference: ReferenceOps.attention.
+// Limits: as for decode; no wgmma: for long prompts on Hopper such a kernel belongs beside this one. Hardware must
+// still prove speed. Reference: ReferenceOps.attention.
 #include "attention_tile.cuh"
 
 template <class T, class KV>

@@ -21,8 +21,8 @@
 // sequence that share its tile, as 0 · inf; K and other sequences never do.
 //
 // KV types: T itself, or E4M3 codes (u8) for T = bf16: k = k_scale[head] · code, v = v_scale[head] · code, fp32 scales
-// per layer and KV head, fixed for the cache's life; writers store e4m3(x / scale), nearest even, clamped to ±448. Codes
-// widen to bf16 exactly on their way into the tile. The two NaN codes read as ±480: writers must flag NaN themselves.
+// per layer and KV head, fixed for the cache's life; writers store e4m3(x / scale), nearest even, clamped to ±448.
+// Codes widen to bf16 exactly on their way into the tile. The two NaN codes read as ±480: writers must flag NaN.
 //
 // Hardware must still prove, for equal bits, what the emulator's MMA has by construction: that a row's result does not
 // depend on the other rows, nor a sum on products that are 0.
