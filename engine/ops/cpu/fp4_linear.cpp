@@ -247,10 +247,9 @@ void multiply_chunk(const Fp4LinearArgs& a, int64_t first_row, RowBlocks blocks,
         for (int64_t b = begin; b < end; ++b)
             lay_out<S>(a.x, first_row + blocks.begin(b), blocks.size(b), entries + blocks.begin(b) * steps);
     });
-    // Memory-bound: one long range of tiles per thread keeps the prefetchers going. Else small pieces, so that the
-    // threads finish together, in an order that keeps a block of rows in the cache while the tiles go by.
-    const int64_t grain = blocks.rows <= kFewRows ? ceil_div(tiles, pool.threads()) : 1;
-    pool.parallel_for(tiles * blocks.count, grain, [&](int64_t begin, int64_t end, int) {
+    // In an order that keeps a block of rows in the cache while the tiles go by.
+    const int64_t grain = blocks.rows <= kFewRows ? pool.stream_grain(tiles) : 1;
+    pool.parallel_streams(tiles * blocks.count, grain, [&](int64_t begin, int64_t end, int) {
         alignas(64) float sums[kMaxBlockRows * kFp4TileColumns];
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t b = piece / tiles, tile = piece % tiles;

@@ -276,18 +276,18 @@ void multiply_chunk(const Fp8LinearArgs& a, int64_t first_row, int64_t num_rows,
             }
         }
     });
-    // As in linear.cpp: a long range of tiles per thread where memory is the limit, else small pieces of work.
+    // As in linear.cpp.
     const int64_t tiles = num_tiles(a.to.N), groups = ceil_div(blocks, kGroupBlocks);
 #if ENGINE_ISA_LEVEL >= 3
     if constexpr (Format::kPairs) {
         if (num_rows <= kDirectRows)
-            return pool.parallel_for(tiles, ceil_div(tiles, pool.threads()), [&](int64_t begin, int64_t end, int) {
+            return pool.parallel_streams(tiles, pool.stream_grain(tiles), [&](int64_t begin, int64_t end, int) {
                 multiply_few(a, panels, first_row, begin, end);
             });
     }
 #endif
-    const int64_t grain = blocks <= kFewBlocks ? ceil_div(tiles, pool.threads()) : 1;
-    pool.parallel_for(tiles * groups, grain, [&](int64_t begin, int64_t end, int) {
+    const int64_t grain = blocks <= kFewBlocks ? pool.stream_grain(tiles) : 1;
+    pool.parallel_streams(tiles * groups, grain, [&](int64_t begin, int64_t end, int) {
         alignas(64) float totals[kMaxGroupRows * kTileColumns];
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t tile = piece / groups, group = piece % groups;

@@ -71,11 +71,11 @@ void multiply_chunk(const LinearArgs& a, int64_t first_row, int64_t num_rows, Th
             w += vectors * Format::kVectorBytes;
         }
     };
-    // Few row blocks: memory-bound, and one long range of tiles per thread keeps the prefetchers going (short ones cost
-    // 10 to 30 %). Many: compute-bound, and small pieces of work (tens of µs) let the threads finish together.
+    // Few row blocks: memory-bound. Many: compute-bound, and small pieces of work (tens of µs) let the threads finish
+    // together.
     const int64_t groups = ceil_div(blocks.count, kGroupBlocks);
-    const int64_t grain = blocks.count <= kFewBlocks ? ceil_div(tiles, pool.threads()) : 1;
-    pool.parallel_for(tiles * groups, grain, [&](int64_t begin, int64_t end, int) {
+    const int64_t grain = blocks.count <= kFewBlocks ? pool.stream_grain(tiles) : 1;
+    pool.parallel_streams(tiles * groups, grain, [&](int64_t begin, int64_t end, int) {
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t tile = piece / groups, group = piece % groups;
             for (int64_t b = blocks.count * group / groups; b < blocks.count * (group + 1) / groups; ++b)

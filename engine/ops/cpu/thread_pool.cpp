@@ -1,5 +1,6 @@
 #include "thread_pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -63,9 +64,14 @@ struct ThreadPool::State {
     static uint32_t loop_of(uint64_t gate) { return static_cast<uint32_t>(gate >> 32); }
 
     alignas(64) std::atomic<uint64_t> gate{0};
-    alignas(64) std::atomic<int64_t> next{0};  // first element nobody has taken
+    alignas(64) std::atomic<int64_t> next{0};  // Order::any: first element nobody has taken
+    struct alignas(64) Part {
+        std::atomic<uint64_t> left{0};  // begin << 32 | end
+    };
+    std::vector<Part> parts;  // Order::streams: what nobody has taken of each thread's part
     alignas(64) int64_t count = 0;
     int64_t grain = 1;
+    Order order = Order::any;
     Call call = nullptr;
     void* body = nullptr;
     std::atomic<int> caller_cpu{-1};
@@ -78,7 +84,7 @@ struct ThreadPool::State {
     const uint32_t forks = fork_count.load();
     std::vector<std::thread> workers;
 
-    explicit State(int threads) {
+    explicit State(int threads) : parts(static_cast<size_t>(threads)) {
         for (int i = 1; i < threads; ++i) workers.emplace_back([this, i] { work_until_stopped(i); });
     }
 
@@ -99,14 +105,58 @@ struct ThreadPool::State {
         wake.notify_all();
     }
 
+    struct Range {
+        int64_t begin, end;
+    };
+
+    void share_out() {
+        next.store(0, std::memory_order_relaxed);
+        if (order == Order::any) return;
+        const int64_t threads = static_cast<int64_t>(parts.size());
+        for (int64_t i = 0; i < threads; ++i) {
+            const uint64_t begin = static_cast<uint64_t>(count * i / threads);
+            parts[i].left.store(begin << 32 | static_cast<uint64_t>(count * (i + 1) / threads));
+        }
+    }
+
+    // Up to `grain` elements of a part, from its front or its back; empty where nothing is left.
+    Range take_from(Part& part, bool front) {
+        uint64_t left = part.left.load(std::memory_order_relaxed);
+        for (;;) {
+            const int64_t begin = static_cast<int64_t>(left >> 32), end = static_cast<int64_t>(left & 0xffffffff);
+            if (begin >= end) return {0, 0};
+            const int64_t size = std::min(grain, end - begin);
+            const Range taken = front ? Range{begin, begin + size} : Range{end - size, end};
+            const uint64_t rest = front ? static_cast<uint64_t>(taken.end) << 32 | static_cast<uint64_t>(end)
+                                        : static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(taken.begin);
+            if (part.left.compare_exchange_weak(left, rest, std::memory_order_relaxed)) return taken;
+        }
+    }
+
+    Range take(int thread) {
+        if (order == Order::any) {
+            const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+            return {begin, std::min(begin + grain, count)};
+        }
+        Range taken = take_from(parts[thread], true);
+        for (size_t i = 1; i < parts.size() && taken.begin == taken.end; ++i)
+            taken = take_from(parts[(thread + i) % parts.size()], false);
+        return taken;
+    }
+
+    void take_nothing_more() {
+        next.store(count, std::memory_order_relaxed);
+        for (Part& part : parts) part.left.store(0, std::memory_order_relaxed);
+    }
+
     void take_ranges(int thread) {
         for (;;) {
-            const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-            if (begin >= count) return;
+            const Range range = take(thread);
+            if (range.begin >= range.end) return;
             try {
-                call(body, begin, begin + grain < count ? begin + grain : count, thread);
+                call(body, range.begin, range.end, thread);
             } catch (...) {
-                next.store(count, std::memory_order_relaxed);
+                take_nothing_more();
                 const std::lock_guard<std::mutex> lock(mutex);
                 if (!error) error = std::current_exception();
             }
@@ -160,17 +210,18 @@ ThreadPool::~ThreadPool() {
     delete state_;
 }
 
-void ThreadPool::run(int64_t count, int64_t grain, Call call, void* body) {
+void ThreadPool::run(int64_t count, int64_t grain, Order order, Call call, void* body) {
     if (count <= 0) return;
     if (threads_ == 1 || count <= grain) return call(body, 0, count, 0);
     if (state_->forks != fork_count.load()) state_ = new State(threads_);
     State& state = *state_;
     state.count = count;
     state.grain = grain;
+    state.order = order;
     state.call = call;
     state.body = body;
     state.error = nullptr;
-    state.next.store(0, std::memory_order_relaxed);
+    state.share_out();
     state.open_loop();
     state.take_ranges(0);
     state.close_loop();

@@ -22,21 +22,35 @@ public:
 
     int threads() const { return threads_; }
 
+    // A grain for parallel_streams: eight ranges a thread, few enough that handing them out costs nothing.
+    int64_t stream_grain(int64_t count) const { return count / (threads_ * 8) + 1; }
+
     // Calls body(begin, end, thread) on disjoint ranges of at most `grain` that cover [0, count); `thread` in
     // [0, threads()) tells concurrent calls apart, for scratch memory. The first exception thrown by a body is thrown
     // again here once all have stopped; ranges not yet begun are then skipped.
     template <class Body>
     void parallel_for(int64_t count, int64_t grain, Body&& body) {
-        run(count, grain, [](void* b, int64_t begin, int64_t end, int thread) {
+        run(count, grain, Order::any, [](void* b, int64_t begin, int64_t end, int thread) {
+            (*static_cast<Body*>(b))(begin, end, thread);
+        }, &body);
+    }
+
+    // The same for work that reads memory as a stream: every thread has an equal part of [0, count), count < 2^31, which
+    // it goes through in ascending order; one that is done takes from the end of another's part. Short ranges then keep
+    // the CPU's prefetchers going, and a thread that comes late (other processes want CPUs, too) holds nobody up.
+    template <class Body>
+    void parallel_streams(int64_t count, int64_t grain, Body&& body) {
+        run(count, grain, Order::streams, [](void* b, int64_t begin, int64_t end, int thread) {
             (*static_cast<Body*>(b))(begin, end, thread);
         }, &body);
     }
 
 private:
     using Call = void (*)(void* body, int64_t begin, int64_t end, int thread);
+    enum class Order { any, streams };
     struct State;
 
-    void run(int64_t count, int64_t grain, Call call, void* body);
+    void run(int64_t count, int64_t grain, Order order, Call call, void* body);
 
     int threads_;
     State* state_;  // owned; a pointer, because a forked child must abandon it without destroying it

@@ -173,8 +173,8 @@ template <class F>
 void for_all_tiles(const W4a16Args& a, ThreadPool& pool, F&& multiply_tile) {
     const int64_t tiles = fp4_num_tiles(a.to.N), blocks = ceil_div(a.T, kBlockRows);
     const int64_t bytes = fp4_tile_bytes(a.K, a.w_format, a.w_block);
-    const int64_t grain = a.T <= kFewRows ? ceil_div(tiles, pool.threads()) : 1;
-    pool.parallel_for(tiles * blocks, grain, [&](int64_t begin, int64_t end, int) {
+    const int64_t grain = a.T <= kFewRows ? pool.stream_grain(tiles) : 1;
+    pool.parallel_streams(tiles * blocks, grain, [&](int64_t begin, int64_t end, int) {
         alignas(64) float sums[kBlockRows * kFp4TileColumns];
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t tile = piece % tiles, first = piece / tiles * kBlockRows;
