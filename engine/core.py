@@ -219,3 +219,24 @@ class Batch:
     context_lens: NDArray[np.int32]  # [S], tokens in the cache once this step's are written
     block_tables: NDArray[np.int32]  # [S, B], physical blocks in order, padded with 0
     logit_rows: NDArray[np.int32]  # [R], the rows whose logits are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What choosing the token of one row takes, as numbers: `engine.sampler`'s steps 2 to 10. Ids are distinct."""
+
+    temperature: float  # 0: greedy
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int  # of the request, below 2^64
+    index: int  # which of its samples
+    position: int  # answer tokens so far
+    masked: NDArray[np.int64]  # ids that min_tokens forbids
+    bias_ids: NDArray[np.int64]
+    bias: NDArray[np.float64]
+    penalised: NDArray[np.int64]  # ids
+    counts: NDArray[np.float64]  # of these in the answer
+    repetition: float
+    presence: float
+    frequency: float

@@ -124,7 +124,7 @@ class LLM:
         self._note = location.note
         self.name = location.name
         plain = self.quant.method == AS_STORED
-        self.kernel_path = ops.kernel_path if plain else f"{self.quant.method}: {ops.kernel_path}"
+        self.kernel_path = runner.kernel_path if plain else f"{self.quant.method}: {runner.kernel_path}"
         self.device = "cpu" if engine.device in ("auto", "numpy") else engine.device
         self.max_model_len = self._plan.max_model_len
         self.sampling_defaults: dict[str, float | int] = dict(defaults.sampling) if use_generation_config else {}
@@ -135,7 +135,7 @@ class LLM:
         loaded = load_model(self.config, path, ops, self._dtype, self.quant, self._scheme, cache=cache, progress=bar)
         self._weights = loaded.weights
         self._plan = plan_cache(self.config, engine, ops, self._dtype.itemsize)
-        return ModelRunner(loaded.model, ops, self._plan, self._dtype)
+        return ModelRunner(loaded.model, ops, self._plan, self._dtype, max_num_seqs=engine.max_num_seqs)
 
     def _start(self, engine: EngineConfig, ops: Ops, runner: ModelRunner, stop_token_ids: Iterable[int]) -> Worker:
         pool = BlockPool(self._plan.num_blocks, ops.kv_block_size, enable_prefix_caching=engine.enable_prefix_caching)

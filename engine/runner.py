@@ -1,6 +1,7 @@
 """One loaded model on one backend: size its KV cache, run its steps.
 
-The runner knows nothing of requests; `Batch` in, logits out. How a model gets loaded is `engine.loading`'s business.
+The runner knows nothing of requests; `Batch` in, logits or the next tokens out. How a model gets loaded is
+`engine.loading`'s business.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import EngineConfig, ModelConfig
-from engine.core import Batch
+from engine.core import Batch, SamplingRow
 from engine.errors import CapacityError, InvalidArgument
 from engine.models.decoder import Decoder
 from engine.ops.contract import Array, KVCache, Ops
@@ -80,7 +81,15 @@ def plan_cache(model: ModelConfig, engine: EngineConfig, ops: Ops, itemsize: int
 class ModelRunner:
     """Runs batches through a loaded model. Not thread-safe: one step at a time. Raises CapacityError for its cache."""
 
-    def __init__(self, model: Decoder, ops: Ops, plan: CachePlan, dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        ops: Ops,
+        plan: CachePlan,
+        dtype: np.dtype[Any],
+        *,
+        max_num_seqs: int = EngineConfig.max_num_seqs,
+    ) -> None:
         config = model.config
         self._model = model
         self._ops = ops
@@ -96,10 +105,32 @@ class ModelRunner:
             raise CapacityError(
                 f"the system refuses a KV cache of {plan.nbytes / 2**20:.0f} MiB; lower kv_cache_bytes"
             ) from None
+        self._steps = ops.new_steps(self.cache, num_heads=config.num_heads, max_num_seqs=max_num_seqs)
+
+    @property
+    def kernel_path(self) -> str:
+        """What runs, for the user."""
+        return self._ops.kernel_path + (f", {self._steps.description}" if self._steps else "")
 
     def hidden(self, batch: Batch) -> Array:
-        """Run one step; the hidden states [R, C] of batch.logit_rows, a copy."""
-        return self._ops.take_rows(self._model.forward(batch, self.cache), batch.logit_rows)
+        """Run one step; the hidden states [R, C] of batch.logit_rows, valid until the next step."""
+        x = None if self._steps is None else self._steps.decode(batch, self._forward)
+        if x is None:
+            x = self._model.forward(batch, self.cache)
+        return x if len(batch.logit_rows) == len(x) else self._ops.take_rows(x, batch.logit_rows)
+
+    def _forward(self, step: Any, num_positions: int) -> Array:
+        return self._model.forward_staged(step, num_positions, self.cache)
+
+    def choose(self, hidden: Array, rows: Sequence[int], choices: Sequence[SamplingRow]) -> list[int | None]:
+        """The next token of some rows of `hidden`'s result, chosen where the logits are, or None for one that the host
+        must choose: each, on a backend that has no device of its own.
+
+        Raises NumericalError as `Ops.to_host` does.
+        """
+        if self._steps is None or not rows:
+            return [None] * len(rows)
+        return self._steps.choose(hidden, rows, choices, self._model.logits)
 
     def logits(self, hidden: Array, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Logits [r, V] of some rows of `hidden`'s result, or of all. Valid until the next call.

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import Logprob, SamplingParams
+from engine.core import Logprob, SamplingParams, SamplingRow
 from engine.errors import NumericalError, RequestError
 
 TokenText = Callable[[int], str]
@@ -79,9 +79,9 @@ class SamplerState:
         self.top_k = int(_or(params.top_k, 0))
         self.top_p: float = _or(params.top_p, 1.0)
         self.min_p: float = _or(params.min_p, 0.0)
-        self._key = seed | index << _SEED_BITS
+        self._seed, self._index = seed, index
         stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else eos_token_ids))
-        self._stop_ids = np.array(stops, dtype=np.int64)
+        self._stop_ids = np.unique(np.array(stops, dtype=np.int64))
         bias = params.logit_bias or {}
         self._bias_ids = np.array(list(bias), dtype=np.int64)
         self._bias = np.array(list(bias.values()), dtype=np.float64)
@@ -97,21 +97,44 @@ class SamplerState:
 
     def uniform(self) -> float:
         """u in [0, 1) for this position."""
-        raw = np.random.Philox(key=self._key, counter=self.position).random_raw()
+        raw = np.random.Philox(key=self._seed | self._index << _SEED_BITS, counter=self.position).random_raw()
         return (raw >> 11) * 2.0**-53
 
     def adjusted(self, row: Logits) -> Logits:
         """Steps 2 to 4 on a copy of the row, float32 [V]; the row itself if they change nothing."""
-        masks = self.position < self.params.min_tokens and self._stop_ids.size > 0
-        if not (masks or self._bias_ids.size or self._penalties):
+        masked = self._masked()
+        if not (masked.size or self._bias_ids.size or self._penalties):
             return row
         x: Logits = row.copy()
-        if masks:
-            x[self._stop_ids] = -np.inf
+        x[masked] = -np.inf
         x[self._bias_ids] += self._bias
         if self._penalties:
             self._penalties.apply(x)
         return x
+
+    def as_row(self) -> SamplingRow:
+        """Steps 2 to 10 for a sampler elsewhere, of this position; the arrays are the state's own."""
+        penalties = self._penalties or _NO_PENALTIES
+        return SamplingRow(
+            temperature=self.temperature if self.temperature >= GREEDY_BELOW else 0.0,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=self._seed,
+            index=self._index,
+            position=self.position,
+            masked=self._masked(),
+            bias_ids=self._bias_ids,
+            bias=self._bias,
+            penalised=penalties.ids,
+            counts=penalties.counts,
+            repetition=penalties.repetition,
+            presence=penalties.presence,
+            frequency=penalties.frequency,
+        )
+
+    def _masked(self) -> Ids:
+        return self._stop_ids if self.position < self.params.min_tokens else self._stop_ids[:0]
 
 
 class _Penalties:
@@ -121,8 +144,8 @@ class _Penalties:
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Ids) -> None:
-        self._repetition = _or(params.repetition_penalty, 1.0)
-        self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
+        self.repetition = _or(params.repetition_penalty, 1.0)
+        self.presence, self.frequency = params.presence_penalty, params.frequency_penalty
         self._ids = prompt_ids
         self._counts = np.zeros(prompt_ids.size)
         self._slots = {int(token_id): slot for slot, token_id in enumerate(prompt_ids)}
@@ -136,6 +159,14 @@ class _Penalties:
             return cls(params, np.empty(0, dtype=np.int64))  # these two look at the answer only
         return None
 
+    @property
+    def ids(self) -> Ids:
+        return self._ids[: len(self._slots)]
+
+    @property
+    def counts(self) -> NDArray[np.float64]:
+        return self._counts[: len(self._slots)]
+
     def count(self, token_id: int) -> None:
         slot = self._slots.setdefault(token_id, len(self._slots))
         if slot == self._ids.size:
@@ -147,12 +178,11 @@ class _Penalties:
 
     def apply(self, x: Logits) -> None:
         """Step 4 in place. An absurdly small repetition penalty may overflow to +inf, which `_checked` refuses."""
-        used = len(self._slots)
-        ids, counts = self._ids[:used], self._counts[:used]
+        ids, counts = self.ids, self.counts
         values = x[ids].astype(np.float64)
         with np.errstate(over="ignore"):
-            values = np.where(values > 0, values / self._repetition, values * self._repetition)
-            x[ids] = values - (self._frequency * counts + self._presence * (counts > 0))
+            values = np.where(values > 0, values / self.repetition, values * self.repetition)
+            x[ids] = values - (self.frequency * counts + self.presence * (counts > 0))
 
 
 def resolve_seed(params: SamplingParams) -> int:
@@ -210,6 +240,9 @@ def prompt_logprobs(
 
 def _or(value: float | None, neutral: float) -> float:
     return neutral if value is None else value
+
+
+_NO_PENALTIES = _Penalties(SamplingParams(), np.empty(0, dtype=np.int64))
 
 
 def _finite_argmax(row: Logits, where: str) -> int:

@@ -190,20 +190,32 @@ class Worker:
 
     def _sample(self, step: ScheduledStep, hidden: Array) -> dict[Sequence, SampledToken]:
         """A token for each sequence that is due one; a request whose row is unusable fails and gets none."""
-        due = step.sampled
-        if not due:
-            return {}
-        logits = self._runner.logits(hidden, [row for row, _ in due])
+        due = [(row, sequence) for row, sequence in step.sampled if not sequence.is_finished]
+        tokens = self._choose(due, hidden)
+        left = [row for row, _ in due if row not in tokens]
+        logits = dict(zip(left, self._runner.logits(hidden, left), strict=True)) if left else {}
         sampled = {}
-        for row, (_, sequence) in zip(logits, due, strict=True):
+        for row, sequence in due:
             if sequence.is_finished:  # a sibling's error ended the request
                 continue
-            answer = self._answers[sequence]
             try:
-                sampled[sequence] = sample_row(row, answer.sampler, self._tokenizer.token_text)
+                if row in tokens:
+                    sampled[sequence] = SampledToken(tokens[row], None)
+                else:
+                    sampled[sequence] = sample_row(
+                        logits[row], self._answers[sequence].sampler, self._tokenizer.token_text
+                    )
             except EngineError as error:
                 self._fail(sequence.request_id, error)
         return {sequence: token for sequence, token in sampled.items() if not sequence.is_finished}
+
+    def _choose(self, due: list[tuple[int, Sequence]], hidden: Array) -> dict[int, int]:
+        """Row -> token, of rows whose logits need not come to the host: no log-probabilities are wanted of them."""
+        plain = [(row, sequence) for row, sequence in due if sequence.params.logprobs is None]
+        rows = [row for row, _ in plain]
+        choices = [self._answers[sequence].sampler.as_row() for _, sequence in plain]
+        tokens = self._runner.choose(hidden, rows, choices)
+        return {row: token for row, token in zip(rows, tokens, strict=True) if token is not None}
 
     def _score_prompts(self, step: ScheduledStep, hidden: Array) -> None:
         """Logits or log-probabilities of the prompt rows that requests asked for, a bounded number at a time."""

@@ -7,6 +7,7 @@ few rows: the last of each sequence, not of each prompt token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,8 +70,11 @@ class Decoder:
 
     def forward(self, batch: Batch, cache: KVCache) -> Array:
         """Hidden states [T, C] before the last norm; writes this step's K and V. Valid until the next call."""
-        rope_table = self._rope.covering(int(batch.positions.max()) + 1)
-        step = self._ops.stage(batch)
+        return self.forward_staged(self._ops.stage(batch), int(batch.positions.max()) + 1, cache)
+
+    def forward_staged(self, step: Any, num_positions: int, cache: KVCache) -> Array:
+        """The same of a batch in the backend's memory (`Ops.stage`), its positions below num_positions."""
+        rope_table = self._rope.covering(num_positions)
         x = self._embedding(step.token_ids)
         for attention, mlp in self._layers:
             x = attention(x, step, cache, rope_table)

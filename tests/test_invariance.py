@@ -61,7 +61,9 @@ def _prompts() -> list[list[int]]:
 def _run(  # type: ignore[no-untyped-def]
     model: Path, prompts: Sequence[list[int]], *, together: bool, device: str = "cpu", answer: int = ANSWER, **settings
 ) -> list[list[int]]:
-    params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+    params = SamplingParams(
+        temperature=0, max_tokens=answer, ignore_eos=True, logprobs=0
+    )  # so that the host sees logits
     with LLM(model, device=device, **settings) as llm:
         if together:
             return [out.outputs[0].token_ids for out in llm.generate(prompts, params)]

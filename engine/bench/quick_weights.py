@@ -22,8 +22,9 @@ from engine.core import Batch
 from engine.fp4_types import Fp4Matrix
 from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array
-from engine.ops.gpu.backend import GpuOps, StagedBatch
+from engine.ops.gpu.backend import GpuOps
 from engine.ops.gpu.cuda_device import CudaDevice, GpuArray
+from engine.ops.gpu.staging import StagedBatch
 from engine.ops.gpu.weight_layout import TILE_ROWS
 from engine.quant import fp4, fp8
 from engine.quant.method import Weight

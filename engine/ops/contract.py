@@ -17,13 +17,13 @@ Guarantees each backend gives:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import Batch
+from engine.core import Batch, SamplingRow
 from engine.fp4_types import Format, Fp4Matrix
 from engine.fp8_types import Fp8Matrix
 from engine.ops.fp4.grades import Grade
@@ -86,6 +86,30 @@ class KVCache(Protocol):
     def block_size(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+
+
+class Steps(Protocol):
+    """What a backend with a device of its own does with a step as a whole, so that it meets the host once."""
+
+    description: str  # for the user: "recorded decode steps up to 64, sampling on the device"
+
+    def decode(self, batch: Batch, forward: Callable[[Any, int], Array]) -> Array | None:
+        """Hidden states [S, C] of a step in which every sequence has one new token, valid until the next step; None for
+        a step that is to be run operation by operation.
+
+        forward(staged batch, num_positions) gives the hidden states [T, C]. It may be called now and never again: what
+        it does must follow from the staged batch's shapes and from num_positions, above which no position is.
+        """
+
+    def choose(
+        self, hidden: Array, rows: Sequence[int], choices: Sequence[SamplingRow], head: Callable[[Array], Array]
+    ) -> list[int | None]:
+        """The next token of each of these rows of hidden [T, C], as `engine.sampler` defines it (a sum's last bits may
+        differ), or None where the row's logits are not such that one can be chosen.
+
+        head gives logits [R, V] of hidden states [R, C]; of it the same holds as of forward. Raises NumericalError as
+        `Ops.to_host` does.
+        """
 
 
 class Ops(Protocol):
@@ -254,6 +278,10 @@ class Ops(Protocol):
         self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
     ) -> KVCache:
         """Zeroed cache of num_blocks · kv_block_size token slots per layer."""
+
+    def new_steps(self, cache: Any, *, num_heads: int, max_num_seqs: int) -> Steps | None:
+        """For a model of so many query heads, whose K and V this cache takes; None where steps are run operation by
+        operation and the host chooses tokens."""
 
     def rope_and_cache(
         self,

@@ -221,6 +221,9 @@ class CpuOps:
     def kv_cache_budget(self) -> int:
         return kv_cache_budget()
 
+    def new_steps(self, cache: Any, *, num_heads: int, max_num_seqs: int) -> None:
+        """None: there is no device to keep busy."""
+
     def new_kv_cache(
         self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
     ) -> KVCache:

@@ -1,8 +1,8 @@
 """The GPU backend: `engine.ops.contract.Ops` as launches of the kernels in cuda/, on a GPU or on the emulator.
 
 Parameters go to the device once, when they are packed; a step's batch once, when it is staged; what comes back is what
-`to_host` is asked for. Kernels meet NaN and infinity where Python does not look: they raise a flag, which `to_host`
-reads with the result, so that a step has one point at which host and device meet.
+`to_host` is asked for, or the tokens that `engine.ops.gpu.steps` chose. Kernels meet NaN and infinity where Python does
+not look: they raise a flag, which is read with the result, so that a step has one point at which host and device meet.
 
 Activations are bf16 or f16 (the attention kernels have no fp32 form); logits are float32. `sharq_compat` is not done
 here: it is for comparing with the paper and multiplies in NumPy.
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.core import Batch
-from engine.errors import InvalidArgument, NumericalError
+from engine.errors import InvalidArgument
 from engine.fp4_types import Format, Fp4Matrix
 from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array, Norm
@@ -27,9 +27,11 @@ from engine.ops.fp4.split import ScaleRule
 from engine.ops.gpu import launch_attention, launch_linear, launch_rows, weight_layout
 from engine.ops.gpu.device import Device
 from engine.ops.gpu.launch import Launch
-from engine.ops.gpu.launch_attention import AttentionPlan, AttentionShape
+from engine.ops.gpu.launch_attention import AttentionShape
 from engine.ops.gpu.launch_linear import OUTPUT_TYPES, DecodePlan, Output, Workspace
 from engine.ops.gpu.launch_rows import Rows
+from engine.ops.gpu.staging import Scratch, StagedBatch
+from engine.ops.gpu.steps import GpuSteps, StepReport
 from engine.ops.gpu.weight_layout import Fp4Units, Fp8Units
 from engine.ops.reference import ReferenceOps
 
@@ -37,39 +39,17 @@ _I32, _U32, _F32 = np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.float32)
 _ACTIVATIONS = ("bf16", "f16")
 
 
-class StagedBatch:
-    """A step's arrays in device memory, under the names of `Batch`; host: the batch itself."""
-
-    def __init__(self, batch: Batch, device: Device) -> None:
-        self.host = batch
-        self.token_ids = device.upload(batch.token_ids)
-        self.positions = device.upload(batch.positions)
-        self.slot_mapping = device.upload(batch.slot_mapping)
-        self.block_tables = device.upload(batch.block_tables)
-        self.plans: dict[tuple[AttentionShape, int | None], _Planned] = {}
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """How one kind of attention layer goes through a step, and its arrays: the same in every such layer."""
-
-    plan: AttentionPlan
-    decode_items: Any
-    prefill_items: Any
-    partials: Any
-    arrivals: Any
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class GpuKVCache:
-    """K and V as cuda/kv_cache.cuh has them: [layers, blocks, KVH, 16, D] each."""
+    """K and V as cuda/kv_cache.cuh has them: [layers, blocks, KVH, 16, D] each, and a spare block at the end."""
 
     k: Any
     v: Any
 
     @property
     def num_blocks(self) -> int:
-        return int(self.k.shape[1])
+        """Without the spare one, which takes what rows that belong to no sequence write."""
+        return int(self.k.shape[1]) - 1
 
     @property
     def block_size(self) -> int:
@@ -78,6 +58,11 @@ class GpuKVCache:
     @property
     def nbytes(self) -> int:
         return int(self.k.nbytes + self.v.nbytes)
+
+    def attention_shape(self, H: int) -> AttentionShape:
+        """Of layers with H query heads."""
+        _, _, KVH, _, D = self.k.shape
+        return AttentionShape(H, KVH, D, "f16" if self.k.dtype == np.float16 else "bf16")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,18 +120,23 @@ class _Packed:
 
 
 class GpuOps:
-    """`Ops` on one device. deterministic: a token's result is bitwise the same in any batch and any chunk, not only
-    beside any batch-mates; what that costs is the benchmarks' to say."""
+    """`Ops` on one device.
+
+    deterministic: a token's result is bitwise the same in any batch and any chunk, not only beside any batch-mates;
+    what that costs is the benchmarks' to say. record: whether decode steps are recorded and replayed.
+    """
 
     kv_block_size = 16
 
-    def __init__(self, device: Device, *, deterministic: bool = False) -> None:
+    def __init__(self, device: Device, *, deterministic: bool = False, record: bool = True) -> None:
         self.device = device
         self.deterministic = deterministic
+        self._record = record
         self.kernel_path = device.name + (", deterministic" if deterministic else "")
         self._host = ReferenceOps()  # for what happens once, before weights are uploaded
-        self._scratch = Workspace(device.empty((1,), _F32), device.zeros((1,), _U32))
-        self._invalid = device.zeros((1,), _I32)  # 1 + a row that a preparation met NaN or infinity in
+        self._split_products = Workspace(device.empty((1,), _F32), device.zeros((1,), _U32))
+        self._scratch = Scratch(device)
+        self._report = StepReport(device)
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -162,15 +152,14 @@ class GpuOps:
     def take_rows(self, x: Array, rows: NDArray[np.int32]) -> Array:
         out = self.empty((len(rows), x.shape[1]), x.dtype)
         if len(rows):
-            self._run(launch_rows.embed(x, self.device.upload(np.ascontiguousarray(rows, np.int32)), out))
+            where = self.empty(rows.shape, _I32)
+            self.device.write(where, np.ascontiguousarray(rows, np.int32))
+            self._run(launch_rows.embed(x, where, out))
         return out
 
     def to_host(self, x: Array) -> NDArray[Any]:
         host = self.device.download(x)
-        row = int(self.device.download(self._invalid)[0])
-        if row:
-            self._invalid = self.device.zeros((1,), _I32)
-            raise NumericalError(f"row {row - 1} of a layer's input holds NaN or infinity, or becomes infinite in bf16")
+        self._report.read(0)
         return host
 
     def all_finite(self, array: Array) -> bool:
@@ -185,8 +174,20 @@ class GpuOps:
         """Raises InvalidArgument for a dtype of activations that the attention kernels do not have."""
         if launch_rows.type_name(np.dtype(dtype)) not in _ACTIVATIONS:
             raise InvalidArgument(f"activations on the GPU are bfloat16 or float16, not {np.dtype(dtype)}")
-        shape = (num_layers, num_blocks, num_kv_heads, self.kv_block_size, head_dim)
+        shape = (num_layers, num_blocks + 1, num_kv_heads, self.kv_block_size, head_dim)
         return GpuKVCache(self.device.zeros(shape, np.dtype(dtype)), self.device.zeros(shape, np.dtype(dtype)))
+
+    def new_steps(self, cache: GpuKVCache, *, num_heads: int, max_num_seqs: int) -> GpuSteps:
+        return GpuSteps(
+            self.device,
+            self._scratch,
+            self._report,
+            cache.attention_shape(num_heads),
+            block_size=self.kv_block_size,
+            spare_block=cache.num_blocks,
+            max_num_seqs=max_num_seqs,
+            record=self._record,
+        )
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -219,9 +220,8 @@ class GpuOps:
     def attention(
         self, q: Array, batch: Any, cache: Any, layer: int, *, scale: float, window: int | None, out: Array
     ) -> Array:
-        _, _, KVH, _, D = cache.k.shape
-        shape = AttentionShape(q.shape[1] // D, KVH, D, "bf16" if q.dtype != np.float16 else "f16")
-        planned = self._planned(batch, shape, window)
+        shape = cache.attention_shape(q.shape[1] // cache.k.shape[-1])
+        planned = batch.planned(shape, window)
         arrays = launch_attention.AttentionArrays(
             q=q,
             k_cache=cache.k[layer],
@@ -238,19 +238,6 @@ class GpuOps:
         )
         return self._into(out, *launches)
 
-    def _planned(self, batch: StagedBatch, shape: AttentionShape, window: int | None) -> _Planned:
-        key = (shape, window)
-        if key not in batch.plans:
-            plan = launch_attention.plan_attention(batch.host, shape, window)
-            batch.plans[key] = _Planned(
-                plan,
-                self.device.upload(plan.decode_items),
-                self.device.upload(plan.prefill_items),
-                self.device.empty((max(1, plan.partials_size(shape)),), _F32),
-                self.device.zeros((max(1, plan.arrivals_size(shape)),), _U32),
-            )
-        return batch.plans[key]
-
     # ---- activations in FP4 and FP8 ----------------------------------------------------------------------------------
 
     def prepare_sharq(
@@ -265,7 +252,7 @@ class GpuOps:
     ) -> GpuOperand:
         rows = Rows(x, norm, silu)
         operand = self._operand(format, rows, launch_rows.sharq_shapes(format, sparse, rows.T, rows.K), sparse)
-        self._run(launch_rows.prepare_sharq(rows, operand, self._amax(rows, scale), self._invalid))
+        self._run(launch_rows.prepare_sharq(rows, operand, self._amax(rows, scale), self._report.invalid))
         return operand
 
     def prepare_fp4(
@@ -279,28 +266,28 @@ class GpuOps:
     ) -> GpuOperand:
         rows = Rows(x, norm, silu)
         operand = self._operand(format, rows, launch_rows.fp4_shapes(format, rows.T, rows.K), False)
-        self._run(launch_rows.prepare_fp4(rows, operand, self._amax(rows, scale), self._invalid))
+        self._run(launch_rows.prepare_fp4(rows, operand, self._amax(rows, scale), self._report.invalid))
         return operand
 
     def prepare_fp8(self, x: Array, *, norm: Norm | None = None, silu: bool = False) -> GpuFp8Operand:
         rows = Rows(x, norm, silu)
-        codes = self.empty((rows.T, launch_rows.padded(rows.K)), np.dtype(np.uint8))
-        operand = GpuFp8Operand(codes, self.empty((rows.T,), _F32))
-        self._run(launch_rows.prepare_fp8(rows, operand.codes, operand.scale, self._invalid))
+        codes = self._scratch.operand("codes", (rows.T, launch_rows.padded(rows.K)), np.dtype(np.uint8))
+        operand = GpuFp8Operand(codes, self._scratch.operand("scale", (rows.T,), _F32))
+        self._run(launch_rows.prepare_fp8(rows, operand.codes, operand.scale, self._report.invalid))
         return operand
 
     def quantize_weight(self, w: Array, *, format: Format, block: int, grade: Grade) -> Fp4Matrix:
         return self._host.quantize_weight(w, format=format, block=block, grade=grade)
 
     def _operand(self, format: Format, rows: Rows, shapes: dict[str, Any], sparse: bool) -> GpuOperand:
-        arrays = {name: self.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        arrays = {name: self._scratch.operand(name, shape, dtype) for name, (shape, dtype) in shapes.items()}
         return GpuOperand(format, rows.T, rows.K, sparse, arrays)
 
     def _amax(self, rows: Rows, scale: ScaleRule) -> Any:
         if scale == "token":
             return None
         amax = self.device.zeros((1,), _F32)
-        self._run(launch_rows.prepare_amax(rows, amax, self._invalid))
+        self._run(launch_rows.prepare_amax(rows, amax, self._report.invalid))
         return amax
 
     # ---- products ----------------------------------------------------------------------------------------------------
@@ -387,11 +374,11 @@ class GpuOps:
 
     def _workspace(self, plan: DecodePlan) -> Workspace:
         """Scratch for one product: launches share it one after the other."""
-        if plan.partials > self._scratch.partials.size:
-            self._scratch = replace(self._scratch, partials=self.device.empty((2 * plan.partials,), _F32))
-        if plan.arrivals > self._scratch.arrivals.size:
-            self._scratch = replace(self._scratch, arrivals=self.device.zeros((2 * plan.arrivals,), _U32))
-        return self._scratch
+        if plan.partials > self._split_products.partials.size:
+            self._split_products = replace(self._split_products, partials=self.device.empty((2 * plan.partials,), _F32))
+        if plan.arrivals > self._split_products.arrivals.size:
+            self._split_products = replace(self._split_products, arrivals=self.device.zeros((2 * plan.arrivals,), _U32))
+        return self._split_products
 
     # ---- launching ---------------------------------------------------------------------------------------------------
 

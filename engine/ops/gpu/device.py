@@ -1,20 +1,29 @@
 """What the GPU backend asks of a device: memory and launches. The emulator is here, a real one in `cuda_device`.
 
 Arrays are the device's own: NumPy's under emulation, `GpuArray` on a GPU. The backend uses only what both have: shape,
-dtype, strides, nbytes, slices of leading rows, reshape of contiguous ones, view as another dtype of the same size.
+dtype, strides, nbytes, slices of leading rows, reshape of contiguous ones, view as another dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import DeviceError
 from engine.memory import kv_cache_budget
 from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule, Schedule
 from engine.ops.gpu.host_build import Architecture
 from engine.ops.gpu.launch import Launch
+
+
+class Recording(Protocol):
+    """Work that a device can do again. It keeps all memory that its kernels read and write."""
+
+    def run(self) -> None:
+        """Put all of it behind what was launched before."""
 
 
 class Device(Protocol):
@@ -29,14 +38,37 @@ class Device(Protocol):
     def upload(self, array: NDArray[Any]) -> Any:
         """A copy of a host array."""
 
+    def write(self, array: Any, host: NDArray[Any]) -> None:
+        """Copy a host array over a device array of its shape and dtype, behind what was launched before.
+
+        The host array is the caller's again at once.
+        """
+
     def download(self, array: Any) -> NDArray[Any]:
         """A copy on the host, once all launches before are done."""
 
     def launch(self, launch: Launch) -> None:
         """Put one kernel behind those launched before."""
 
+    def capture(self, work: Callable[[], object]) -> Recording:
+        """Record what `work` zeroes and launches. It is called twice: run once, then recorded, which runs nothing.
+
+        work must not copy to or from the host when it is called again. Raises DeviceError.
+        """
+
     def kv_cache_budget(self) -> int:
         """Bytes that a KV cache may take now unless told otherwise."""
+
+
+class EmulatedRecording:
+    """What `EmulatedDevice.capture` saw, in order, on the same arrays each time."""
+
+    def __init__(self, calls: list[Callable[[], None]]) -> None:
+        self._calls = calls
+
+    def run(self) -> None:
+        for call in self._calls:
+            call()
 
 
 class EmulatedDevice:
@@ -53,6 +85,7 @@ class EmulatedDevice:
         self._checked = checked
         self._schedule = schedule
         self._modules: dict[str, EmulatedModule] = {}
+        self._captured: list[Callable[[], None]] | None = None  # while work is recorded
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         raw = np.full(int(np.prod(shape)) * dtype.itemsize + 16, 0xFF, np.uint8)  # NaN, so that a gap shows
@@ -61,15 +94,20 @@ class EmulatedDevice:
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         array = self.empty(shape, dtype)
-        array.view(np.uint8)[...] = 0
+        self._do(lambda: array.view(np.uint8).fill(0))
         return array
 
     def upload(self, array: NDArray[Any]) -> NDArray[Any]:
         copy = self.empty(array.shape, array.dtype)
-        copy[...] = array
+        self.write(copy, array)
         return copy
 
+    def write(self, array: NDArray[Any], host: NDArray[Any]) -> None:
+        self._refuse_to_record()
+        array[...] = host
+
     def download(self, array: NDArray[Any]) -> NDArray[Any]:
+        self._refuse_to_record()
         return array.copy()
 
     def launch(self, launch: Launch) -> None:
@@ -77,7 +115,27 @@ class EmulatedDevice:
         if module is None:
             module = EmulatedModule.compile(launch.source, arch=self.arch, checked=self._checked)
             self._modules[launch.source] = module
-        module.launch(launch.kernel, launch.grid, launch.block, launch.shared, launch.args, schedule=self._schedule)
+        self._do(lambda: module.launch(*launch[1:], schedule=self._schedule))
+
+    def capture(self, work: Callable[[], object]) -> EmulatedRecording:
+        work()
+        calls: list[Callable[[], None]] = []
+        self._captured = calls
+        try:
+            work()
+        finally:
+            self._captured = None
+        return EmulatedRecording(calls)
+
+    def _do(self, call: Callable[[], None]) -> None:
+        if self._captured is None:
+            call()
+        else:
+            self._captured.append(call)
+
+    def _refuse_to_record(self) -> None:
+        if self._captured is not None:
+            raise DeviceError("a copy to or from the host cannot be recorded")
 
     def kv_cache_budget(self) -> int:
         return kv_cache_budget()

@@ -1,0 +1,189 @@
+"""A step's arrays on their way to the device, and memory that steps use again.
+
+What a step needs from the host goes in one transfer (`PackedArrays`). `StagedBatch` holds any step's batch;
+`StagedDecode` that of a step in which every sequence has one new token, in memory that stays where it is, so that what
+was recorded on one such step serves the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.core import Batch
+from engine.ops.gpu.device import Device
+from engine.ops.gpu.launch_attention import TILE_TOKENS, AttentionPlan, AttentionShape, num_splits, plan_attention
+
+Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+
+_I32, _U32, _F32, _BYTE = np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.float32), np.dtype(np.uint8)
+_ALIGNMENT = 16  # bytes: the widest load of a kernel
+_SEQUENCE, _POSITION, _FIRST_PARTIAL = 0, 2, 5  # columns of an attention item
+
+
+class Scratch:
+    """Named device memory, grown to the largest use and used again by every later one.
+
+    Taking a name again ends the life of what was taken before; what was recorded on it keeps it alive.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._buffers: dict[tuple[str, np.dtype[Any]], Any] = {}
+        self._one_operand = False
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        size = prod(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.size < size:
+            buffer = self._buffers[name, dtype] = self._device.empty((size,), dtype)
+        return buffer[:size].reshape(shape)
+
+    def operand(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """Memory for an array of prepared activations: of its own, unless `one_operand` says that one lives at a time.
+
+        Models multiply each operand before they prepare the next; other callers may hold several.
+        """
+        return self.take(name, shape, dtype) if self._one_operand else self._device.empty(shape, dtype)
+
+    @contextmanager
+    def one_operand(self) -> Iterator[None]:
+        """Operands share memory: recordings would keep every layer's otherwise."""
+        self._one_operand = True
+        try:
+            yield
+        finally:
+            self._one_operand = False
+
+
+class PackedArrays:
+    """Arrays that go to the device in one transfer: fill `host`, `send`, launch on `device`; the names are layout's."""
+
+    def __init__(self, device: Device, layout: Layout) -> None:
+        places: dict[str, slice] = {}
+        nbytes = 0
+        for name, (shape, dtype) in layout.items():
+            places[name] = slice(nbytes, nbytes + prod(shape) * dtype.itemsize)
+            nbytes = -(-places[name].stop // _ALIGNMENT) * _ALIGNMENT
+        self._to = device
+        self._packed = np.zeros(nbytes, _BYTE)
+        self._memory = device.empty((nbytes,), _BYTE)
+
+        def views(memory: Any) -> dict[str, Any]:
+            return {name: memory[places[name]].view(dtype).reshape(shape) for name, (shape, dtype) in layout.items()}
+
+        self.host: dict[str, NDArray[Any]] = views(self._packed)
+        self.device: dict[str, Any] = views(self._memory)
+
+    def send(self) -> None:
+        self._to.write(self._memory, self._packed)
+
+
+def send_all(device: Device, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """New device arrays with these arrays' contents, in one transfer."""
+    packed = PackedArrays(device, {name: (array.shape, array.dtype) for name, array in arrays.items()})
+    for name, array in arrays.items():
+        packed.host[name][...] = array
+    packed.send()
+    return packed.device
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedAttention:
+    """How one kind of attention layer goes through a step, and its arrays: the same in every such layer."""
+
+    plan: AttentionPlan
+    decode_items: Any
+    prefill_items: Any
+    partials: Any
+    arrivals: Any
+
+
+class StagedBatch:
+    """A step's arrays in device memory, under the names of `Batch`; host: the batch itself."""
+
+    def __init__(self, batch: Batch, device: Device) -> None:
+        self.host = batch
+        names = ("token_ids", "positions", "slot_mapping", "block_tables")
+        sent = send_all(device, {name: getattr(batch, name) for name in names})
+        self.token_ids, self.positions, self.slot_mapping, self.block_tables = (sent[name] for name in names)
+        self._device = device
+        self._planned: dict[tuple[AttentionShape, int | None], PlannedAttention] = {}
+
+    def planned(self, shape: AttentionShape, window: int | None) -> PlannedAttention:
+        key = (shape, window)
+        if key not in self._planned:
+            plan = plan_attention(self.host, shape, window)
+            items = {"decode_items": plan.decode_items, "prefill_items": plan.prefill_items}
+            sent = send_all(self._device, items)
+            partials = self._device.empty((max(1, plan.partials_size(shape)),), _F32)
+            arrivals = self._device.zeros((max(1, plan.arrivals_size(shape)),), _U32)
+            self._planned[key] = PlannedAttention(plan, partials=partials, arrivals=arrivals, **sent)
+        return self._planned[key]
+
+
+class StagedDecode:
+    """A step of up to S sequences with one new token each and up to `blocks` blocks of context.
+
+    Everything that launches depend on follows from S and blocks. Rows that no sequence has repeat the one of shortest
+    context: they find no NaN that it does not, add nothing to a maximum over the batch, and write their K and V to
+    `spare_block`. Every attention item has room for the partial results of the longest context.
+    """
+
+    def __init__(
+        self, device: Device, scratch: Scratch, shape: AttentionShape, S: int, blocks: int, block_size: int,
+        spare_block: int,
+    ) -> None:  # fmt: skip
+        self.num_positions = blocks * block_size
+        self._shape = shape
+        self._spare_slot = spare_block * block_size
+        self._splits = num_splits(0, self.num_positions - 1)
+        rows = np.zeros(S, np.int32)
+        one_token_each = Batch(
+            rows, rows, rows, np.arange(S + 1, dtype=np.int32), rows + 1, np.zeros((S, blocks), np.int32), rows
+        )
+        plan = plan_attention(one_token_each, shape)
+        n = len(plan.decode_items)
+        self._plan = replace(plan, num_partials=n * self._splits, most_splits=self._splits if n else 0)
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "positions", "slot_mapping"), (S,))
+        shapes |= {"block_tables": (S, blocks)}
+        shapes |= {"decode_items": plan.decode_items.shape, "prefill_items": plan.prefill_items.shape}
+        self._packed = PackedArrays(device, {name: (shape, _I32) for name, shape in shapes.items()})
+        self._packed.host["decode_items"][...] = plan.decode_items
+        self._packed.host["decode_items"][:, _FIRST_PARTIAL] = np.arange(n) * self._splits
+        self._packed.host["prefill_items"][...] = plan.prefill_items
+        arrays = self._packed.device
+        names = ("token_ids", "positions", "slot_mapping", "block_tables")
+        self.token_ids, self.positions, self.slot_mapping, self.block_tables = (arrays[name] for name in names)
+        self._partials = scratch.take("attention partials", (max(1, self._plan.partials_size(shape)),), _F32)
+        self._arrivals = device.zeros((max(1, self._plan.arrivals_size(shape)),), _U32)
+
+    def fill(self, batch: Batch) -> None:
+        """Send another step's batch, of one new token per sequence."""
+        S, host = len(batch.token_ids), self._packed.host
+        width = min(batch.block_tables.shape[1], host["block_tables"].shape[1])
+        shortest = int(batch.context_lens.argmin())
+        for name in ("token_ids", "positions"):
+            host[name][:S] = getattr(batch, name)
+            host[name][S:] = getattr(batch, name)[shortest]
+        host["slot_mapping"][:S] = batch.slot_mapping
+        host["slot_mapping"][S:] = self._spare_slot
+        host["block_tables"][:S, :width] = batch.block_tables[:, :width]
+        host["block_tables"][S:, :width] = batch.block_tables[shortest, :width]
+        for name in ("decode_items", "prefill_items"):
+            items = host[name]
+            items[:, _POSITION] = host["positions"][items[:, _SEQUENCE]]
+        self._packed.send()
+
+    def planned(self, shape: AttentionShape, window: int | None) -> PlannedAttention:
+        assert shape == self._shape, "one model's attention layers are of one shape"
+        arrays, plan = self._packed.device, self._plan
+        if window is not None and plan.most_splits:  # a row sees few tiles, hence few splits
+            plan = replace(plan, most_splits=min(plan.most_splits, (window - 1) // TILE_TOKENS + 2))
+        return PlannedAttention(plan, arrays["decode_items"], arrays["prefill_items"], self._partials, self._arrivals)
