@@ -43,6 +43,7 @@ class NvrtcKernels:
         self._debug = debug
         self._modules: dict[str, Any] = {}
         self._kernels: dict[tuple[str, str], Any] = {}
+        self._shared: dict[tuple[str, str], int] = {}  # bytes of dynamic shared memory that a kernel was allowed
 
     def launch(self, launch: Launch, stream: Any) -> None:
         args = tuple(_argument(value) for value in launch.args)
@@ -72,8 +73,9 @@ class NvrtcKernels:
                 self._modules[launch.source] = self._cupy.RawModule(path=str(path))
             self._kernels[key] = self._modules[launch.source].get_function(launch.kernel)
         kernel = self._kernels[key]
-        if launch.shared > max(_DEFAULT_SHARED, kernel.max_dynamic_shared_size_bytes):
+        if launch.shared > self._shared.get(key, _DEFAULT_SHARED):
             kernel.max_dynamic_shared_size_bytes = launch.shared
+            self._shared[key] = launch.shared
         return kernel
 
 

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import InvalidArgument
 from engine.ops.gpu.emulator import EmulatedModule
 
 ARCH = os.environ.get("FAKE_GPU_ARCH", "sm_90a")
@@ -41,6 +42,8 @@ _addresses: list[int] = []  # sorted
 
 
 class MemoryPointer:
+    ptr = 0
+
     def __init__(self, nbytes: int) -> None:
         if sum(memory.nbytes for memory in _allocations.values()) + nbytes > TOTAL:
             raise OutOfMemoryError(f"{nbytes} bytes")
@@ -226,7 +229,10 @@ def emulated_launch(
         pointer = parameter.kind in "pc"
         assert value.dtype.itemsize == parameter.bytes, f"{name}: {value!r} for {parameter}"
         args.append((at(int(value)) if value else None) if pointer else value)
-    module.launch(name, grid, block, shared, args)
+    try:
+        module.launch(name, grid, block, shared, args)
+    except InvalidArgument as problem:
+        raise CUDADriverError(f"CUDA_ERROR_INVALID_VALUE: {problem}") from problem
 
 
 class _Nvrtc(SimpleNamespace):
