@@ -81,8 +81,9 @@ static inline void add_row(const Bytes (&w)[2][8], const F32x16 (&scale)[S::Weig
 }
 
 // What the CPU's prefetchers need beside loads in ascending order. Measured on Zen 4, against other distances and
-// caches: several rows take 5 to 15 % less time with the next 3 KB in L1; one row in two paths up to 25 % less with 8 KB
-// in L2 (at large K, where a row and its weights take turns in L1), one row in one path up to 15 % more with either.
+// caches: several rows take 5 to 15 % less time with the next 3 KB in L1; one row in two paths up to 25 % less with
+// 8 KB in L2 (at large K, where a row and its weights take turns in L1), one row in one path up to 15 % more with
+// either.
 template <class S>
 static inline void fetch_ahead(const uint8_t* block, int half, int64_t rows) {
     if (rows > 1) prefetch_weights<typename S::Weights>(block, half);

@@ -35,9 +35,9 @@ public:
         }, &body);
     }
 
-    // The same for work that reads memory as a stream: every thread has an equal part of [0, count), count < 2^31, which
-    // it goes through in ascending order; one that is done takes from the end of another's part. Short ranges then keep
-    // the CPU's prefetchers going, and a thread that comes late (other processes want CPUs, too) holds nobody up.
+    // The same for work that reads memory as a stream: every thread has an equal part of [0, count), count < 2^31, and
+    // goes through it in ascending order; one that is done takes from the end of another's part. So short ranges keep
+    // the CPU's prefetchers going, and a thread that comes late (other processes want CPUs too) holds nobody up.
     template <class Body>
     void parallel_streams(int64_t count, int64_t grain, Body&& body) {
         run(count, grain, Order::streams, [](void* b, int64_t begin, int64_t end, int thread) {
