@@ -1,5 +1,5 @@
-// FP4 codes and scales as 16- and 32-bit floats, by placing bits. With fp4.cuh, which makes the codes, the only CUDA file
-// that knows nibbles and scale bytes; formats as there and in engine/ops/fp4.
+// FP4 codes and scales as 16- and 32-bit floats, by placing bits. With fp4.cuh, which makes the codes, the only CUDA
+// file that knows nibbles and scale bytes; formats as there and in engine/ops/fp4.
 //
 // A word holds eight codes. It becomes four pairs (k, k + 4), k = 0 … 3, of f16 or bf16, because a code of each half of
 // the word moves to its place at once:
@@ -80,7 +80,7 @@ __device__ __forceinline__ void place_placed(u32 word, u32 (&pairs)[4]) {
     pairs[2] = place_code<14, 3, lowest>(word), pairs[3] = place_code<13, 0, lowest>(word);
 }
 
-// ---- scales ----------------------------------------------------------------------------------------------------------
+// ---- scales --------------------------------------------------------------------------------------------------------
 
 // UE4M3 byte j of a word. Its bits in fp32's exponent and mantissa are 2^-120 of it, subnormals included.
 __device__ __forceinline__ float ue4m3_value(u32 word, int j) {
@@ -95,7 +95,8 @@ __device__ __forceinline__ float e8m0_value(u32 word, int j) {
 __device__ __forceinline__ float e6m2_value(u32 word) {
     return __uint_as_float(((word & 0xffu) << 21) + ((127u - 48) << 23));
 }
-// UE4M3 bytes j and j + 2 of a word, j = 0 or 1, times 2^(power of Bits<T>): f16 2^0, bf16 2^119, the largest 448 takes.
+// UE4M3 bytes j and j + 2 of a word, j = 0 or 1, times 2^(power of Bits<T>): f16 2^0, bf16 2^119, the largest 448
+// takes.
 __device__ __forceinline__ u32 ue4m3_pair(f16, u32 word, int j) {
     const u32 placed = __funnelshift_l(word, word, 7 - 8 * j) & 0x3f803f80u;  // 2^-8 of them
     return multiply_pair<f16>(placed, power_pair<f16>(8));
@@ -119,7 +120,7 @@ __device__ __forceinline__ u32 micro_exponent_pair(u32 word, int eight, int base
     return power_pair<T>(base) + (exponents << Bits<T>::kExponentBit);
 }
 
-// ---- what a sparse backbone kept ---------------------------------------------------------------------------------------
+// ---- what a sparse backbone kept -----------------------------------------------------------------------------------
 
 // Eight codes from the four kept ones (16 bits) of 8 k and their metadata.
 __device__ __forceinline__ u32 expand_pairs(u32 kept, u32 metadata) {  // NVFP4, MXFP4: a nibble, pairs of neighbours
@@ -131,13 +132,13 @@ __device__ __forceinline__ u32 expand_elements(u32 kept, u32 metadata) {  // HiF
     return low | high << 16;
 }
 
-// ---- formats ---------------------------------------------------------------------------------------------------------
+// ---- formats -------------------------------------------------------------------------------------------------------
 // How eight codes of a weight become factors of exact products, and what is multiplied in later. For word r of a lane q
 // (k = 32 r + 8 q + i of a unit of 128 k):
-//     kGroup        k whose sum of products is multiplied by scale(words, r) of the group that ends with word r; 128: none
+//     kGroup        k whose sum of products is multiplied by scale(words, r), the group ending with word r; 128: none
 //     kScaleWords   32-bit words of scales a row and unit
 //     pairs<T>      the factors, the value times 2^-kPower<T> without the group's scale
-//     values<T>     the factors with their scale, the value times 2^-kValuePower<T>; where the scale's range allows, exact
+//     values<T>     the factors with their scale, the value times 2^-kValuePower<T>, exact but where bf16's range ends
 // As activations (exact in f16), eight codes whose block scale is `scale`:
 //     kInputScaled  whether an fp32 scale of the block remains to be multiplied in
 //     input_pairs   the factors, the value times 2^-kInputPower without that
@@ -180,8 +181,8 @@ template <> struct Nvfp4Codes<32> {
     }
 };
 
-// A lane's eight k of a word lie in one block of 16, but an instruction's 16 k do not, so the scale goes into the factors:
-// E2M1 × UE4M3 is exact in both types (a multiple of 2^-24 below 1 for f16).
+// A lane's eight k of a word lie in one block of 16, but an instruction's 16 k do not, so the scale goes into the
+// factors: E2M1 × UE4M3 is exact in both types (a multiple of 2^-24 below 1 for f16).
 template <> struct Nvfp4Codes<16> : Nvfp4Codes<32> {
     static constexpr int kGroup = 128, kScaleWords = 2;
     template <class T> static constexpr int kPower = Bits<T>::kScaledPower;

@@ -11,7 +11,7 @@
                                      void* out, int out_type, int M, int N, int K, int slice_k) {                 \
         const TileInput input = {x, nullptr, nullptr, x_stride, M, K};                                            \
         const Epilogue epilogue = {1.0f, nullptr, nullptr, bias, residual, out, out_type, N};                     \
-        tile_linear<T, Paths::one, warps_m>(RowMajorTile<kTileN>{w, N, K}, input, epilogue, slice_k);                     \
+        tile_linear<T, Paths::one, warps_m>(RowMajorTile<kTileN>{w, N, K}, input, epilogue, slice_k);             \
     }
 ENTRY(bf16, 1)
 ENTRY(bf16, 2)

@@ -10,11 +10,11 @@
 // cp.async by the lane, so no barrier but __syncwarp, and kStages − 1 units per warp are always under way. Activations
 // are brought to shared memory once per block as 16-bit factors, chunk_k of k at a time.
 //
-// Order of sums, the same whatever M, the column, kTiles and the grid: K is cut into slices of slice_k, which depends on
-// K alone (launch_linear.py: slice_k). Within a slice fp32 sums of groups (of 32 to 128 k, see each weight) are added in
-// the order of k, a slice starts from 0, two paths are added, then slices in order. Which block computes which slices is
-// free: where gridDim.y > 1 sums of slices go to `partials`, and the last block to arrive at a (row block, column group)
-// adds all of them in order. It leaves `arrivals` at zero, as it found it.
+// Order of sums, the same whatever M, the column, kTiles and the grid: K is cut into slices of slice_k, which depends
+// on K alone (launch_linear.py: slice_k). Within a slice fp32 sums of groups (of 32 to 128 k, see each weight) are
+// added in the order of k, a slice starts from 0, two paths are added, then slices in order. Which block computes which
+// slices is free: where gridDim.y > 1 sums of slices go to `partials`, and the last block to arrive at a (row block,
+// column group) adds all of them in order. It leaves `arrivals` at zero, as it found it.
 //
 // Grid: x column groups, y splits of slices_per_block slices, z blocks of (blockDim.x / 32) tiles: column groups are
 // neighbours in time, so they find the weight in L2. Block: a multiple of 32 threads, at most 256.
@@ -23,8 +23,12 @@
 // Memory traffic: the weight once (a column group more reads L2), activations once a block, M · N outputs; with splits
 // 8 · M · N · slices bytes of partial sums through L2.
 //
-// What hardware must show: that 3 units of 1 KB in flight per warp and 12 to 24 warps an SM reach the bandwidth (the
-// H200 wants about 32 KB in flight an SM), and that issue slots hold: see linear_fp4.cu.
+// deterministic=True: these entry points serve any number of tokens, in column groups, with the same bits for each; the
+// weight is dequantised once a column group then, which is what that guarantee costs.
+//
+// What hardware must show: that 3 units of 1 KB in flight per warp and 12 to 32 warps an SM reach the bandwidth (the
+// H200 wants about 32 KB in flight an SM), that issue slots hold (linear_fp4.cuh counts them), and the choice of
+// splits.
 #pragma once
 
 #include "common.cuh"
@@ -144,8 +148,8 @@ struct Rows {
     }
 };
 
-// bf16 activations as f16 factors, each 128 k of a row under a power of two that brings the largest to [2^15, 2^16): exact
-// but for elements 2^-29 and less of that largest one, whose error is at most 2^-40 of it.
+// bf16 activations as f16 factors, each 128 k of a row under a power of two that brings the largest to [2^15, 2^16):
+// exact but for elements 2^-29 and less of that largest one, whose error is at most 2^-40 of it.
 template <class Weight>
 struct RowsAsF16 {
     static constexpr int kScaleGroup = 128;
@@ -164,7 +168,8 @@ struct RowsAsF16 {
             u32 words[4] = {}, largest = 0;
             if (i < items) load_sixteen_bytes(x + (first + column) * stride, k + at, K, vectors, words);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) largest = max(largest, max(words[j] << 16 & 0x7fff0000u, words[j] & 0x7fff0000u));
+            for (int j = 0; j < 4; ++j)
+                largest = max(largest, max(words[j] << 16 & 0x7fff0000u, words[j] & 0x7fff0000u));
 #pragma unroll
             for (int distance = 1; distance < 16; distance *= 2)
                 largest = max(largest, __shfl_xor_sync(kAllLanes, largest, distance));
@@ -204,8 +209,9 @@ __device__ __forceinline__ void scale_columns(const float* by, float (&sums)[kTi
 // Input:
 //     paths()                              1, or 2 where columns alternate between backbone and residual
 //     kScaleGroup                          k per fp32 scale that `multiply` has to apply; 0: none
-//     fill<kTiles>(factors, scales, first, columns, k, count)   columns first … first + columns of k … k + count, beyond K
-//                                          zeros; scales [count / kScaleGroup][8 · kTiles], for columns there are not too
+//     fill<kTiles>(factors, scales, first, columns, k, count)   columns first … first + columns of k … k + count,
+//                                          beyond K zeros; scales [count / kScaleGroup][8 · kTiles], finite for columns
+//                                          there are not, too
 template <int kTiles, class Weight, class Input>
 __device__ __forceinline__ void decode_linear(const Weight& weight, const Input& input, const Epilogue& epilogue,
                                               const Cut& cut, int M, int N, int K) {
@@ -245,7 +251,8 @@ __device__ __forceinline__ void decode_linear(const Weight& weight, const Input&
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) fetch();
 
-    const int padded_N = ceil_div(N, kTileRows) * kTileRows, rows = kTileRows * warps, row_stride = rows + kResultPadding;
+    const int padded_N = ceil_div(N, kTileRows) * kTileRows;
+    const int rows = kTileRows * warps, row_stride = rows + kResultPadding;
     const int own_row = kTileRows * warp + g;
     // Sum e of tile i belongs to row g + 8 (e >> 1) and to token 8 i + 2 q + (e & 1); with two paths, once they are
     // added, only even e count, and the token is 4 i + q.
@@ -263,7 +270,8 @@ __device__ __forceinline__ void decode_linear(const Weight& weight, const Input&
         const int first = slice * slice_units, last = min(first + slice_units, units);
         for (int chunk = first; chunk < last; chunk += chunk_units) {
             __syncthreads();  // the chunk before has been used
-            input.template fill<kTiles>(factors, scales, first_token * paths, columns, chunk * Weight::kUnitK, cut.chunk_k);
+            input.template fill<kTiles>(factors, scales, first_token * paths, columns, chunk * Weight::kUnitK,
+                                        cut.chunk_k);
             __syncthreads();
             const int end = min(chunk + chunk_units, last);
 #pragma unroll 1
@@ -271,7 +279,8 @@ __device__ __forceinline__ void decode_linear(const Weight& weight, const Input&
                 ptx::cp_async_wait<kStages - 2>();
                 __syncwarp();  // other lanes' copies are there, and nobody reads the slot that is filled next
                 fetch();
-                weight.template multiply<kTiles>(tile, unit, ring + slot, column, (unit - chunk) * Weight::kUnitK, scales, sums);
+                const int k = (unit - chunk) * Weight::kUnitK;
+                weight.template multiply<kTiles>(tile, unit, ring + slot, column, k, scales, sums);
                 slot = next_slot<Weight>(slot);
             }
         }

@@ -1,11 +1,34 @@
+// Products of FP4 weights for few tokens: linear_decode.cuh with packed units (weight_layout.cuh), formats of
+// fp4_decode.cuh. Both operands become f16, whose products are exact.
+//
+//   bf16, f16   W4A16   out[t, n] = row_scale[n] · Σ_k x[t, k] · W[n, k] + bias[n] + residual[t, n]
+//   fp4                 out[t, n] = token_scale[t] · row_scale[n] · Σ_paths Σ_k Q[t, k] · W[n, k] + …
+//                       one path, SharQ with a sparse backbone as it is stored, or dense + dense
+//
+// x [M, K]; arrays of an operand as in Fp4Matrix and SharqOperand with K padded to 128; out [M, N].
+//
+//   weight       factors (A)                sum on the tensor core            then in fp32
+//   nvfp4 by 32  codes                      32 k, exact where the input has   · scale of 32 k
+//   mxfp4        codes                      one scale in them                 · input scale (fp4) · scale of 32 k
+//   hif4         codes · micro-exponents    64 k                              · input scale (fp4) · scale of 64 k
+//   nvfp4 by 16  codes · scale, exact       128 k (lanes of one instruction
+//                                           hold k of different blocks)
+//
+// Input factors (B): nvfp4 codes · scale, exact; mxfp4, hif4 codes, their scales in fp32; f16 as it is; bf16 scaled by a
+// power of two per 128 k (linear_decode.cuh: RowsAsF16), applied after the weight's scales.
+//
+// Bytes moved: .53 a weight (nvfp4 by 32, mxfp4) or .56. Instructions issued a weight in the loop, compiled for sm_90a,
+// nvfp4 by 32, with 8, 16 and 32 columns: SharQ 3.0, 3.5, 4.3; W4A16 in bf16 3.1, 3.7, 4.9. An H200 reads 31 weights a
+// clock and SM, which leaves 4.1: so SharQ up to 16 tokens should stay near the bandwidth, W4A16 up to 16.
+// References: ReferenceOps.fp4_linear, w4a16_linear.
 #pragma once
 
 #include "fp4_decode.cuh"
 #include "linear_decode.cuh"
 #include "weight_layout.cuh"
 
-// Units of a packed FP4 weight against f16 factors. Codes: fp4_decode.cuh; kInputGroup: k per scale of the input, which is
-// kGroup (before the weight's scale), 128 (after it), or 0 where the factors are all there is.
+// Units of a packed FP4 weight against f16 factors. Codes: fp4_decode.cuh; kInputGroup: k per scale of the input, which
+// is kGroup (before the weight's scale), 128 (after it), or 0 where the factors are all there is.
 template <class Codes, int kInputGroup>
 struct Fp4Weight {
     static constexpr int kUnitK = kFp4UnitK, kUnitBytes = 2 * kHalfTileBytes + 4 * kTileRows * Codes::kScaleWords;
@@ -74,8 +97,8 @@ struct Fp4Weight {
             const float low_value = Codes::scale(low_scale, r), high_value = Codes::scale(high_scale, r);
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
-                to[i][0] = __fmaf_rn(group[i][0], low_value, to[i][0]), to[i][1] = __fmaf_rn(group[i][1], low_value, to[i][1]);
-                to[i][2] = __fmaf_rn(group[i][2], high_value, to[i][2]), to[i][3] = __fmaf_rn(group[i][3], high_value, to[i][3]);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) to[i][e] = __fmaf_rn(group[i][e], e < 2 ? low_value : high_value, to[i][e]);
             }
         }
         if (kInputGroup != 128) return;
@@ -188,12 +211,12 @@ __device__ __forceinline__ void decode_fp4(const u8* backbone, const u8* metadat
         linear_decode_##format##_##type##_t##tiles(const T* x, i64 x_stride, OUTPUT_PARAMETERS) {          \
         decode_w4a16<Codes, T, tiles>(x, x_stride, OUTPUT_ARGUMENTS);                                      \
     }
-#define FP4_ENTRY(format, Codes, tiles, blocks)                                                                              \
-    extern "C" __global__ void __launch_bounds__(256, blocks) linear_decode_##format##_fp4_t##tiles(                         \
-        const u8* backbone, const u8* metadata, const void* backbone_scale, const u8* codes, const void* codes_scale, \
-        int backbone_block, int codes_block, const float* token_scale, OUTPUT_PARAMETERS) {                          \
-        decode_fp4<Codes, tiles>(backbone, metadata, backbone_scale, codes, codes_scale, backbone_block, codes_block, \
-                                 token_scale, OUTPUT_ARGUMENTS);                                                     \
+#define FP4_ENTRY(format, Codes, tiles, blocks)                                                                     \
+    extern "C" __global__ void __launch_bounds__(256, blocks) linear_decode_##format##_fp4_t##tiles(                \
+        const u8* backbone, const u8* metadata, const void* backbone_scale, const u8* codes,                        \
+        const void* codes_scale, int backbone_block, int codes_block, const float* token_scale, OUTPUT_PARAMETERS) { \
+        decode_fp4<Codes, tiles>(backbone, metadata, backbone_scale, codes, codes_scale, backbone_block,            \
+                                 codes_block, token_scale, OUTPUT_ARGUMENTS);                                       \
     }
 #define ENTRIES(format, Codes, tiles, blocks)             \
     W4A16_ENTRY(format, Codes, bf16, bf16, tiles, blocks) \

@@ -3,7 +3,7 @@
 //
 //   w4a16               x [M, K] bf16, or f16 for nvfp4 (whose values f16 has too)
 //   one, two            activations in FP4 expanded to bf16, which is exact (expand_fp4.cuh), in one path or two
-//   sparse_and_dense    SharQ: the backbone on mma.sp at half the multiplications, so 1.5 passes' worth in one over the weight
+//   sparse_and_dense    SharQ: the backbone on mma.sp at half the multiplications, 1.5 passes' worth in one
 //   sparse              the backbone alone; with `one` for the residual what the paper describes, two products
 //
 //   out[t, n] = Σ paths Σ_k X[t, k] · W[n, k] · token_scale[t] · row_scale[n] + bias[n] + residual[t, n]
@@ -94,7 +94,8 @@ struct Fp4Tile {
     private:
         // Words r and r + 1 of a row: k in [32 r, + 64) of 128.
         template <int r>
-        static __device__ __forceinline__ void store(u8* to, int row, u32 first, u32 second, const u32 (&scale)[kWords]) {
+        static __device__ __forceinline__ void store(u8* to, int row, u32 first, u32 second,
+                                                     const u32 (&scale)[kWords]) {
             const int q = lane_of_warp() & 3;
             u32 pairs[4];
             Codes::template values<T>(first, scale, r, q, pairs);
@@ -105,14 +106,14 @@ struct Fp4Tile {
     };
 };
 
-// ---- activations in FP4 as bf16 ----------------------------------------------------------------------------------------
-// One path of an operand [M, K] (arrays as in SharqOperand and Fp4Matrix), K a multiple of 128, in the order `permuted`; a
-// sparse backbone, which comes with metadata, too: zeros where nothing was kept.
+// ---- activations in FP4 as bf16 -------------------------------------------------------------------------------------
+// One path of an operand [M, K] (arrays as in SharqOperand and Fp4Matrix), K a multiple of 128, in the order
+// `permuted`; a sparse backbone, which comes with metadata, too: zeros where nothing was kept.
 // Grid: rows of eight k over blocks of any number of threads. Bytes: .56 in and 2 out a value.
 
 template <class Codes, bool permuted>
-__device__ __forceinline__ void expand_dense(const u8* codes, const u8* metadata, const void* scale, int block, bf16* out,
-                                             int M, int K) {
+__device__ __forceinline__ void expand_dense(const u8* codes, const u8* metadata, const void* scale, int block,
+                                             bf16* out, int M, int K) {
     const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= static_cast<i64>(M) * K / 8) return;
     const int k = static_cast<int>(i * 8 % K);
@@ -132,8 +133,8 @@ __device__ __forceinline__ void expand_dense(const u8* codes, const u8* metadata
 // The kept half of a sparse backbone, out [M, K / 2], each group of four k of the permuted order (or HiF4's own) giving
 // two; and its metadata words [ceil(M / 16), K / 64, 32], tokens there are not 0100.
 template <class Codes>
-__device__ __forceinline__ void expand_sparse(const u8* codes, const u8* metadata, const void* scale, int block, bf16* out,
-                                              u32* words, int M, int K) {
+__device__ __forceinline__ void expand_sparse(const u8* codes, const u8* metadata, const void* scale, int block,
+                                              bf16* out, u32* words, int M, int K) {
     constexpr bool kPairs = Codes::kMetadataBits == 4;
     const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;  // eight k of a row
     if (i < static_cast<i64>(M) * K / 8) {
@@ -168,7 +169,7 @@ __device__ __forceinline__ void expand_sparse(const u8* codes, const u8* metadat
     words[word] = nibbles;
 }
 
-// ---- entry points --------------------------------------------------------------------------------------------------------
+// ---- entry points --------------------------------------------------------------------------------------------------
 
 #define TILE_PARAMETERS                                                                                               \
     const u8 *units, const float *token_scale, const float *row_scale, const float *bias, const void *residual,       \
@@ -180,8 +181,8 @@ __device__ __forceinline__ void fp4_tile(const TileInput& input, TILE_PARAMETERS
     constexpr bool kSparse = paths == Paths::sparse || paths == Paths::sparse_and_dense;
     using Weight = Fp4Tile<Codes, T, kSparse && Codes::kMetadataBits == 4, 2 / kWarpsM>;
     const Weight weight = {units, N, fp4_units_along_k(K)};
-    const Epilogue epilogue = {power_of_two(Codes::template kValuePower<T>), token_scale, row_scale, bias, residual, out,
-                               out_type, N};
+    const float power = power_of_two(Codes::template kValuePower<T>);
+    const Epilogue epilogue = {power, token_scale, row_scale, bias, residual, out, out_type, N};
     tile_linear<T, paths, kWarpsM>(weight, input, epilogue, slice_k);
 }
 

@@ -1,5 +1,6 @@
 // Products of FP4 weights for many tokens on Hopper: linear_wgmma.cuh with weights dequantised to bf16 (exact: see
-// linear_fp4_tile.cuh). 256 rows n for bf16 activations, as cuBLAS sums; 128 for FP4 ones, whose sums are cut in slices.
+// linear_fp4_tile.cuh). 256 rows n for bf16 activations, as cuBLAS sums; 128 for FP4 ones, whose sums are cut in
+// slices.
 //
 //   one    W4A16: x [M, K] bf16; or FP4 activations in one path, expanded (expand_*_dense)
 //   two    SharQ or dense + dense, both paths expanded, one pass over the weight: the work of two bf16 products
@@ -14,8 +15,8 @@
     extern "C" __global__ void __launch_bounds__(256, 1)                                                               \
         linear_wgmma_##name##_n##rows(const bf16* first, const bf16* second, i64 x_stride, TILE_PARAMETERS) {          \
         const Fp4Tile<Codes, bf16, false, rows / 128> weight = {units, N, fp4_units_along_k(K)};                       \
-        const Epilogue epilogue = {power_of_two(Codes::kValuePower<bf16>), token_scale, row_scale, bias, residual, out, \
-                                   out_type, N};                                                                       \
+        const float power = power_of_two(Codes::kValuePower<bf16>);                                                    \
+        const Epilogue epilogue = {power, token_scale, row_scale, bias, residual, out, out_type, N};                   \
         wgmma_linear<two, rows>(weight, {first, second, nullptr, x_stride, M, K}, epilogue, slice_k);                  \
     }
 #if PTX_SM90A

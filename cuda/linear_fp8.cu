@@ -1,11 +1,12 @@
-// Products with FP8 (E4M3) weights for few tokens: cuda/linear_decode.cuh with units of 16 rows × 64 k (weight_layout.cuh).
+// Products with FP8 (E4M3) weights for few tokens: cuda/linear_decode.cuh with units of 16 rows × 64 k
+// (weight_layout.cuh).
 //
 //   fp8    out[t, n] = token_scale[t] · Σ_k codes[t, k] · W[n, k] · scale + …     W8A8, codes [M, K] E4M3
 //   bf16   out[t, n] = Σ_k x[t, k] · W[n, k] · scale + …                          W8A16, x [M, K]; and f16
 //
-// E4M3 becomes f16 by placing bits (s to 15, the seven others to 13:7, which is 2^-8 of the value, subnormals included),
-// so products are exact. Sums of 64 k come from the tensor core, and are scaled and added in fp32. Scales float32
-// [steps, N]: one a row (multiplied in at the end) or one for each 128 k. bf16 activations: RowsAsF16.
+// E4M3 becomes f16 by placing bits (s to 15, the seven others to 13:7, which is 2^-8 of the value, subnormals
+// included), so products are exact. Sums of 64 k come from the tensor core, and are scaled and added in fp32. Scales
+// float32 [steps, N]: one a row (multiplied in at the end) or one for each 128 k. bf16 activations: RowsAsF16.
 //
 // Bytes moved: 1 a weight; 1.75 integer instructions a weight to make f16, of the 8 that an H200 has time for.
 // References: ReferenceOps.fp8_linear, w8a16_linear.
@@ -45,8 +46,8 @@ struct Fp8Weight {
     }
 
     template <int kTiles>
-    __device__ __forceinline__ void multiply(int tile, int unit, const u8* shared, const u8* const (&column)[kTiles], int k,
-                                             const float* scales, float (&sums)[kTiles][4]) const {
+    __device__ __forceinline__ void multiply(int tile, int unit, const u8* shared, const u8* const (&column)[kTiles],
+                                             int k, const float* scales, float (&sums)[kTiles][4]) const {
         const int lane = lane_of_warp(), g = lane >> 2, q = lane & 3;
         float low_scale = 1.0f, high_scale = 1.0f;
         if (steps > 1) {

@@ -5,8 +5,8 @@
     extern "C" __global__ void __launch_bounds__(128 * warps_m)                                                       \
         linear_tile_fp8_##T##_m##warps_m(const T* x, i64 x_stride, FP8_TILE_PARAMETERS) {                             \
         const Fp8Tile<T, 2 / warps_m> weight = {units, scale, steps, N, fp8_units_along_k(K)};                        \
-        const Epilogue epilogue = {power_of_two(kFp8Power<T>), token_scale, steps == 1 ? scale : nullptr, bias, residual, \
-                                   out, out_type, N};                                                                 \
+        const float *row_scale = steps == 1 ? scale : nullptr, power = power_of_two(kFp8Power<T>);                    \
+        const Epilogue epilogue = {power, token_scale, row_scale, bias, residual, out, out_type, N};                  \
         tile_linear<T, Paths::one, warps_m>(weight, {x, nullptr, nullptr, x_stride, M, K}, epilogue, slice_k);        \
     }
 ENTRY(bf16, 1)

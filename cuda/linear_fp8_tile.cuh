@@ -1,6 +1,6 @@
-// Products of FP8 (E4M3) weights for many tokens: linear_tile.cuh with weights made 16-bit on their way to shared memory,
-// which is exact. Scales float32 [steps, N]: one a row (the epilogue's row_scale), or one for each 128 k, which cut the
-// tensor core's sums; layout: weight_layout.cuh.
+// Products of FP8 (E4M3) weights for many tokens: linear_tile.cuh with weights made 16-bit on their way to shared
+// memory, which is exact. Scales float32 [steps, N]: one a row (the epilogue's row_scale), or one for each 128 k, which
+// cut the tensor core's sums; layout: weight_layout.cuh.
 //
 //   w8a16   x [M, K] bf16 or f16
 //   w8a8    codes [M, K] made bf16 by expand_fp8, exactly; token_scale [M]

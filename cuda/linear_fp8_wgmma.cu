@@ -1,5 +1,6 @@
-// Products of FP8 weights for many tokens on Hopper: linear_wgmma.cuh with weights made bf16 (exact). x [M, K] bf16, W8A8's
-// from expand_fp8. Where a row has several scales only 128 rows n serve, whose sums can be cut; see linear_fp8_tile.cuh.
+// Products of FP8 weights for many tokens on Hopper: linear_wgmma.cuh with weights made bf16 (exact). x [M, K] bf16,
+// W8A8's from expand_fp8. Where a row has several scales only 128 rows n serve, whose sums can be cut; see
+// linear_fp8_tile.cuh.
 #include "linear_fp8_tile.cuh"
 #include "linear_wgmma.cuh"
 

@@ -1,28 +1,32 @@
 // Matrix products for many tokens on mma.sync: out = x · weightᵀ in tiles of tokens × 128 rows n, 64 k at a time.
 //
-//   Y[t, n] = Σ_paths Σ_k X[t, k] W[n, k]     activations are A, weights B of m16n8k16; sparse activations m16n8k32 mma.sp
+//   Y[t, n] = Σ_paths Σ_k X[t, k] W[n, k]     activations are A, weights B of m16n8k16; sparse ones of m16n8k32 mma.sp
 //
 // A block owns kWarpsM · 64 tokens × 128 n and has kWarpsM · 4 warps, each 64 tokens × 32 n. Activations are 16-bit in
-// global memory (FP4 ones are made so once, linear_expand.cuh) and come by cp.async through a ring of `stages`; weights come
-// the same way where they are 16-bit, else as packed units to registers, 128 k ahead, and from there dequantised to two
-// buffers in turn. One barrier a step: while some warps multiply step s others dequantise step s + 1.
+// global memory (FP4 ones are made so once, linear_fp4_tile.cuh) and come by cp.async through a ring of `stages`;
+// weights come the same way where they are 16-bit, else as packed units to registers, 128 k ahead, and from there
+// dequantised to two buffers in turn. One barrier a step: while some warps multiply step s others dequantise step s +
+// 1.
 //
-// In shared memory a row of 64 k is 128 bytes whose 16-byte pieces are XORed with row % 8, so neither ldmatrix nor the
-// stores meet bank conflicts; rows of sparse activations are 64 bytes, two to a line.
+// In shared memory a row of 64 k is 128 bytes whose 16-byte pieces are XORed with row % 8, so that ldmatrix meets no
+// bank conflicts (stores of dequantised weights meet them two by two); rows of sparse activations are 64 bytes, two to
+// a line.
 //
-// Sparse: 2:4 needs one candidate of each of a chunk's four pairs in a group of four k, so k is (0, 2, 4, 6, 1, 3, 5, 7)
-// within eight, in both operands and the other path (nvfp4, mxfp4); HiF4's mask is 2:4 as it is. The metadata word of lane
-// 4 g + q has for k in [16 q, + 16) of 64 row g's nibbles in its low half, row g + 8's in its high half: selector 0 takes
-// lanes q = 0, 1, the first 32 k, selector 1 the others.
+// Sparse: 2:4 needs one candidate of each of a chunk's four pairs in a group of four k, so k is (0, 2, 4, 6, 1, 3, 5,
+// 7) within eight, in both operands and the other path (nvfp4, mxfp4); HiF4's mask is 2:4 as it is. The metadata word
+// of lane 4 g + q has for k in [16 q, + 16) of 64 row g's nibbles in its low half, row g + 8's in its high half:
+// selector 0 takes lanes q = 0, 1, the first 32 k, selector 1 the others.
 //
-// Order of sums: the tensor core's within slice_k (launch_linear.py) or 128 k where weights have scales along k, path after
-// path in each 32 or 64 k; slices are added in fp32. It depends on K alone, so a token's bits are the same in any batch and
-// for both sizes of block; they differ from linear_decode's, whose order is another.
+// Order of sums: the tensor core's within slice_k (launch_linear.py) or 128 k where weights have scales along k, path
+// after path in each 32 or 64 k; slices are added in fp32. It depends on K alone, so a token's bits are the same in any
+// batch and for both sizes of block; they differ from linear_decode's, whose order is another.
 //
-// Grid: x token blocks, y row blocks (neighbours in x share the weight through L2). Shared memory: stages · (token bytes +
-// 16 KB of 16-bit weights), 32 KB for dequantised ones. M, N, K any; K of FP4 activations padded to 128, else a multiple of 8.
-// Limits: mma.sync runs at about .62 of Hopper's wgmma rate; a warp's step is 64 mma a path, 24 ldmatrix and, of FP4
-// weights, 32 codes a lane to dequantise (about 100 instructions).
+// Grid: x token blocks, y row blocks (neighbours in x share the weight through L2). Shared memory: stages · (token
+// bytes + 16 KB of 16-bit weights), 32 KB for dequantised ones. M, N, K any; K of FP4 activations padded to 128, else a
+// multiple of 8.
+// Limits: mma.sync runs at about .62 of Hopper's wgmma rate; a warp's step is 64 mma a path, 24 ldmatrix
+// and, of FP4 weights, 32 codes a lane to dequantise (about 100 instructions). What hardware must show: the metadata's
+// order (derived, not measured), and that one block of 8 warps an SM hides its own latencies.
 #pragma once
 
 #include "linear_decode.cuh"
@@ -49,8 +53,9 @@ __device__ __forceinline__ void copy_tile(u32 shared, const void* matrix, i64 st
     for (int i = threadIdx.x; i < tile_rows * kPieces; i += blockDim.x) {
         const int row = i / kPieces, piece = i % kPieces, column = k + 8 * piece;
         const bool inside = first + row < rows && column < K;
-        const unsigned short* from = static_cast<const unsigned short*>(matrix) + (inside ? (first + row) * stride + column : 0);
-        ptx::cp_async_16(shared + (half_rows ? half_tile_place(row, piece) : tile_place(row, piece)), from, inside ? 16 : 0);
+        const i64 at = inside ? (first + row) * stride + column : 0;
+        const u32 place = half_rows ? half_tile_place(row, piece) : tile_place(row, piece);
+        ptx::cp_async_16(shared + place, static_cast<const unsigned short*>(matrix) + at, inside ? 16 : 0);
     }
 }
 
@@ -95,7 +100,8 @@ __device__ __forceinline__ void tile_linear(const WeightTile& weight, const Tile
                                             int slice_k) {
     constexpr bool kSparse = paths == Paths::sparse || paths == Paths::sparse_and_dense;
     constexpr bool kTwo = paths == Paths::two || paths == Paths::sparse_and_dense;
-    constexpr int kTokens = kWarpsM * kWarpTokens, kFirstBytes = kTokens * (kSparse ? kTileRowBytes / 2 : kTileRowBytes);
+    constexpr int kTokens = kWarpsM * kWarpTokens;
+    constexpr int kFirstBytes = kTokens * (kSparse ? kTileRowBytes / 2 : kTileRowBytes);
     constexpr int kInputBytes = kFirstBytes + (kTwo ? kTokens * kTileRowBytes : 0);
     constexpr int kStageBytes = kInputBytes + (WeightTile::kCopied ? kTileWeightBytes : 0);
     extern __shared__ __align__(128) u8 shared[];
@@ -113,13 +119,16 @@ __device__ __forceinline__ void tile_linear(const WeightTile& weight, const Tile
             if (kSparse)
                 copy_tile<true>(to, input.first, input.stride / 2, first_token, input.M, k / 2, input.K / 2, kTokens);
             else copy_tile<false>(to, input.first, input.stride, first_token, input.M, k, input.K, kTokens);
-            if (kTwo) copy_tile<false>(to + kFirstBytes, input.second, input.stride, first_token, input.M, k, input.K, kTokens);
+            if (kTwo)
+                copy_tile<false>(to + kFirstBytes, input.second, input.stride, first_token, input.M, k, input.K,
+                                 kTokens);
             weight.copy(to + kInputBytes, first_n, k);
         }
         ptx::cp_async_commit();
     };
 
-    // Metadata of this lane for tile i of 16 tokens and a step; tiles there are not repeat the last, their rows are zeros.
+    // Metadata of this lane for tile i of 16 tokens and a step; tiles there are not repeat the last, their rows are
+    // zeros.
     const int metadata_tiles = ceil_div(input.M, 16);
     const auto metadata_of = [&](int i, int step) {
         const int tile = min((first_token + kWarpTokens * warp_m) / 16 + i, metadata_tiles - 1);
@@ -172,8 +181,8 @@ __device__ __forceinline__ void tile_linear(const WeightTile& weight, const Tile
         if (!WeightTile::kCopied && step + 1 < steps)
             dequantiser.fill(dequantised + (step + 1) % 2 * kTileWeightBytes, step + 1);
         const u32 stage = shared_address + step % kTileStages * kStageBytes;
-        multiply(stage, WeightTile::kCopied ? stage + kInputBytes : dequantised_address + step % 2 * kTileWeightBytes, step,
-                 sums);
+        const u32 buffer = dequantised_address + step % 2 * kTileWeightBytes;
+        multiply(stage, WeightTile::kCopied ? stage + kInputBytes : buffer, step, sums);
         if ((step + 1) % flush_steps == 0 || step + 1 == steps) {
 #pragma unroll
             for (int e = 0; e < 64; ++e) {

@@ -2,25 +2,25 @@
 //
 //   Y[t, n] = Σ_paths Σ_k X[t, k] W[n, k]     wgmma m64nNk16, bf16: activations A, weights B, both from shared memory
 //
-// A block is two warpgroups, each with 64 tokens and all n of the tile; all threads copy and dequantise. Activations and
-// 16-bit weights come by cp.async through kWgmmaStages stages of 64 k, packed weights as in linear_fp4_tile.cuh into three
-// buffers in turn. In shared memory a row of 64 k is 128 bytes, its 16-byte pieces XORed with row % 8: the 128-byte swizzle
-// of wgmma's descriptors and what tile_place does.
+// A block is two warpgroups, each with 64 tokens and all n of the tile; all threads copy and dequantise. Activations
+// and 16-bit weights come by cp.async through kWgmmaStages stages of 64 k, packed weights as in linear_fp4_tile.cuh
+// into three buffers in turn. In shared memory a row of 64 k is 128 bytes, its 16-byte pieces XORed with row % 8: the
+// 128-byte swizzle of wgmma's descriptors and what tile_place does.
 //
-// A step: its operands have come (cp.async wait, proxy fence, barrier); its products are issued; while they run, copies of
-// step s + 2 start and step s + 1's weights are dequantised; then the products of step s − 1 are waited for. So the tensor
-// core always has the next step's products waiting, and what step s overwrites was last read by step s − 2, which every
-// thread saw finished before the barrier.
+// A step: its operands have come (cp.async wait, proxy fence, barrier); its products are issued; while they run, copies
+// of step s + 2 start and step s + 1's weights are dequantised; then the products of step s − 1 are waited for. So the
+// tensor core always has the next step's products waiting, and what step s overwrites was last read by step s − 2,
+// which every thread saw finished before the barrier.
 //
 // Order of sums: the tensor core's over all K where the tile has 256 n (128 accumulators a thread leave no room), as in
 // any bf16 GEMM; over slice_k with 128 n, slices added in fp32. It depends on K and the entry point alone.
 //
-// Grid: x token blocks, y row blocks. Shared memory (launch_linear.py: plan_wgmma): stages · (16 KB a path + 128 bytes a
-// row n of 16-bit weights), or 3 · 128 bytes a row n dequantised; results pass through the same memory.
+// Grid: x token blocks, y row blocks. Shared memory (launch_linear.py: plan_wgmma): stages · (16 KB a path + 128 bytes
+// a row n of 16-bit weights), or 3 · 128 bytes a row n dequantised; results pass through the same memory.
 // M, N, K any; K of FP4 activations padded to 128, else a multiple of 8.
 // Limits: a step of 128 × 256 × 64 is 1024 clocks of an SM; each warp issues 24 cp.async meanwhile, or about 250
-// instructions to dequantise. What hardware must show: that two warpgroups without a producer warp reach .9 of cuBLAS, and
-// that nothing here makes ptxas serialise wgmma (it warns).
+// instructions to dequantise. What hardware must show: that two warpgroups without a producer warp reach .9 of cuBLAS,
+// and that nothing here makes ptxas serialise wgmma (it warns).
 #pragma once
 
 #include "linear_tile.cuh"
@@ -29,15 +29,15 @@
 
 constexpr int kWgmmaStages = 4, kWgmmaTokens = 128;
 
-__device__ __forceinline__ void warpgroup_product(float (&c)[64], unsigned long long a, unsigned long long b, bool add) {
+__device__ __forceinline__ void warpgroup_product(float (&c)[64], uint64_t a, uint64_t b, bool add) {
     ptx::wgmma_m64n128k16_bf16(c, a, b, add);
 }
-__device__ __forceinline__ void warpgroup_product(float (&c)[128], unsigned long long a, unsigned long long b, bool add) {
+__device__ __forceinline__ void warpgroup_product(float (&c)[128], uint64_t a, uint64_t b, bool add) {
     ptx::wgmma_m64n256k16_bf16(c, a, b, add);
 }
 
 // Rows of 128 bytes from `start` on, as copy_tile leaves them.
-__device__ __forceinline__ unsigned long long tile_descriptor(u32 start) {
+__device__ __forceinline__ uint64_t tile_descriptor(u32 start) {
     return ptx::matrix_descriptor(start, 0, 8 * kTileRowBytes, ptx::Swizzle::bytes_128);
 }
 
@@ -47,7 +47,8 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
                                              int slice_k) {
     constexpr bool kSlices = kN == 128;
     constexpr int kPathBytes = kWgmmaTokens * kTileRowBytes, kInputBytes = kPathBytes * (kTwo ? 2 : 1);
-    constexpr int kWeightBytes = kN * kTileRowBytes, kStageBytes = kInputBytes + (WeightTile::kCopied ? kWeightBytes : 0);
+    constexpr int kWeightBytes = kN * kTileRowBytes;
+    constexpr int kStageBytes = kInputBytes + (WeightTile::kCopied ? kWeightBytes : 0);
     extern __shared__ __align__(1024) u8 shared[];
     u8* dequantised = shared + kWgmmaStages * kStageBytes;
     const u32 shared_address = ptx::shared_address(shared), dequantised_address = ptx::shared_address(dequantised);
@@ -62,7 +63,8 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
             const int k = step * kTileK;
             copy_tile<false>(to, input.first, input.stride, first_token, input.M, k, input.K, kWgmmaTokens);
             if (kTwo)
-                copy_tile<false>(to + kPathBytes, input.second, input.stride, first_token, input.M, k, input.K, kWgmmaTokens);
+                copy_tile<false>(to + kPathBytes, input.second, input.stride, first_token, input.M, k, input.K,
+                                 kWgmmaTokens);
             weight.copy(to + kInputBytes, first_n, k);
         }
         ptx::cp_async_commit();
@@ -88,9 +90,11 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
 #pragma unroll
         for (int path = 0; path < (kTwo ? 2 : 1); ++path)
 #pragma unroll
-            for (int k = 0; k < kTileK / 16; ++k)
-                warpgroup_product(sums, tile_descriptor(stage + path * kPathBytes + group * (kPathBytes / 2) + 32 * k),
-                                  tile_descriptor(weights + 32 * k), !(kSlices && step % slice_steps == 0 && path + k == 0));
+            for (int k = 0; k < kTileK / 16; ++k) {
+                const u32 x = stage + path * kPathBytes + group * (kPathBytes / 2);
+                const bool starts_slice = kSlices && step % slice_steps == 0 && path + k == 0;
+                warpgroup_product(sums, tile_descriptor(x + 32 * k), tile_descriptor(weights + 32 * k), !starts_slice);
+            }
         ptx::wgmma_commit();
         copy(step + kWgmmaStages - 2);
         if (!WeightTile::kCopied && step + 1 < steps)

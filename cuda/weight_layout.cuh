@@ -1,8 +1,9 @@
-// Packed weights as the matrix products read them; engine/ops/gpu/weight_layout.py packs. Lane l, g = l >> 2, q = l & 3.
+// Packed weights as the matrix products read them; engine/ops/gpu/weight_layout.py packs. Lane l, g = l >> 2, q = l &
+// 3.
 //
-// A unit is 16 rows × as many k as follow; units of 16 rows (a tile) lie one after the other along k, then come the next
-// 16 rows, so that a warp that works on a tile reads one stream of whole 64-byte pieces. N is padded to 16, K to 128 (as
-// FP4 and FP8 activations are): codes 0, scales 0.
+// A unit is 16 rows × as many k as follow; units of 16 rows (a tile) lie one after the other along k, then come the
+// next 16 rows, so that a warp that works on a tile reads one stream of whole 64-byte pieces. N is padded to 16, K to
+// 128 (as FP4 and FP8 activations are): codes 0, scales 0.
 //
 //     FP4, 128 k    bytes      0 …  511   rows 0 … 7: lane l's 16 bytes, word r = row g, k = 32 r + 8 q + i in nibble i
 //                   bytes    512 … 1023   rows 8 … 15 likewise
@@ -17,9 +18,9 @@
 // (fp4_decode.cuh).
 //
 // A lane's words are B fragments as they are, n = g: of m16n8k64 FP4 (words 0, 1 | 2, 3), of sparse m16n8k128 FP4 (all
-// four), of m16n8k32 FP8; and a row's four group scales are the word that block-scaled FP4 instructions take. Dequantised
-// to 16 bits the same words are rows g and g + 8 of the A operand of m16n8k16, if the other operand has its k permuted
-// the same way: any order of k is a right one.
+// four), of m16n8k32 FP8; and a row's four group scales are the word that block-scaled FP4 instructions take.
+// Dequantised to 16 bits the same words are rows g and g + 8 of the A operand of m16n8k16, if the other operand has its
+// k permuted the same way: any order of k is a right one.
 #pragma once
 
 #include "common.cuh"
