@@ -4,14 +4,16 @@
 
 `EmulatedModule.compile` then gives kernels of the GPU: a launch copies its arrays there and back. Schedules, poison and
 checking builds are the emulator's; they launch the same kernel again. Tests of architectures that this GPU is not are
-skipped, as is everything where there is no GPU.
+skipped, as is everything where there is no GPU, and property tests where Hypothesis is not installed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kernel-loader", default="nvrtc", choices=("nvrtc", "extension"))
 
 
+def _skipping(*_: Any, **__: Any) -> Any:
+    return pytest.mark.skip(reason="Hypothesis is not installed")
+
+
+class _Anything(ModuleType):
+    """Hypothesis where it is not installed: its tests are skipped, other tests of the same file run."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _skipping if name == "given" else self
+
+    def __call__(self, *args: Any, **_: Any) -> Any:
+        return args[0] if args and callable(args[0]) else self
+
+
+def _without_hypothesis() -> None:
+    try:
+        import hypothesis  # noqa: F401
+    except ImportError:
+        sys.modules["hypothesis"] = sys.modules["hypothesis.strategies"] = _Anything("hypothesis")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     try:
         device = CudaDevice(config.getoption("--kernel-loader"), debug=True)
@@ -39,6 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
     def compile_for_gpu(source: str | Path, *, arch: str = "sm_90", **_: Any) -> GpuModule:
         return GpuModule(device, str(source), arch)
 
+    _without_hypothesis()
     EmulatedModule.compile = compile_for_gpu  # type: ignore[method-assign,assignment]
 
 

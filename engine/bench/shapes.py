@@ -50,6 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # layers, C, F, H, KVH, V, tied
     "qwen3-8b": _config("Qwen3", 36, 4096, 12288, 32, 8, 151936, False, head_dim=128),
     "llama-3.2-1b": _config("Llama", 16, 2048, 8192, 32, 8, 128256, True, head_dim=64),
     "llama-3.1-8b": _config("Llama", 32, 4096, 14336, 32, 8, 128256, False),
+    "tiny": _config("Llama", 2, 256, 512, 4, 2, 512, False),  # no published model: for trying a benchmark out
 }
 
 

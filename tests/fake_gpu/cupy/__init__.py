@@ -2,20 +2,24 @@
 
 Put tests/fake_gpu on PYTHONPATH and `device="cuda"` runs here: device memory is host memory at real addresses, NVRTC
 "compiles" a source to its name, and launching such a module runs the kernel on the emulator. A graph is the list of
-calls that its stream saw while capturing. What the real CuPy refuses, this refuses too: work on the host's side of a
-capture, launches of no kernel, unknown arguments. Time is the CPU's. It shows that the code around the kernels works;
-nothing about a GPU.
+calls that its stream saw while capturing. With FAKE_GPU_EXTENSION=1 it stands in for engine._cuda, too. What the real
+CuPy refuses, this refuses: work on the host's side of a capture, launches of no kernel, unknown arguments. Time is the
+CPU's. It shows that the code around the kernels works; nothing about a GPU.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from cupy import cuda
 from cupy.cuda import MemoryPool, default_pool, emulated_launch
+from engine.errors import DeviceError
 
 __version__ = "0.0+fake"
 
@@ -50,3 +54,45 @@ class RawModule:
         if name not in cuda.emulated(self._source).kernels:
             raise cuda.driver.CUDADriverError(f"CUDA_ERROR_NOT_FOUND: {name} in {self._source}")
         return RawKernel(self._source, name)
+
+
+class _Extension(ModuleType):
+    """engine._cuda, as far as it launches: the same calls, on the emulator."""
+
+    class Kernels:
+        def __init__(self, arch: str, device: int, debug: bool) -> None:
+            assert (arch, device) == (cuda.ARCH, 0)
+
+        def launch(self, launch: Any, stream: int) -> None:
+            values = [self._bits(value) for value in launch.args]
+            if launch.kernel not in cuda.emulated(launch.source).kernels:
+                raise DeviceError(f"finding {launch.kernel} of {launch.source}: CUDA_ERROR_NOT_FOUND")
+            wanted = len(cuda.emulated(launch.source).kernels[launch.kernel].parameters)
+            if len(values) != wanted:
+                raise DeviceError(f"{launch.kernel} of {launch.source} takes {wanted} arguments, not {len(values)}")
+
+            def work() -> None:
+                cuda.emulated_launch(launch.source, launch.kernel, launch.grid, launch.block, launch.shared, values)
+
+            try:
+                cuda.Stream.at(stream).do(work)
+            except cuda.CUDADriverError as problem:
+                raise DeviceError(f"launching {launch.kernel} of {launch.source}: {problem}") from problem
+
+        @staticmethod
+        def _bits(value: Any) -> Any:
+            if value is None:
+                return np.uint64(0)
+            return np.uint64(value.address) if hasattr(value, "address") else value
+
+    class Recording:
+        def __init__(self, kernels: Any, launches: list[Any]) -> None:
+            self._kernels, self._launches = kernels, launches
+
+        def run(self, stream: int) -> None:
+            for launch in self._launches:
+                self._kernels.launch(launch, stream)
+
+
+if os.environ.get("FAKE_GPU_EXTENSION") == "1":
+    sys.modules["engine._cuda"] = _Extension("engine._cuda")

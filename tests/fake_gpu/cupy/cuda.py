@@ -104,6 +104,10 @@ class Stream:
         self._captured: list[Work] | None = None
         Stream._streams[self.ptr] = self
 
+    @classmethod
+    def at(cls, address: int) -> Stream:
+        return cls._streams[address]
+
     def do(self, work: Work) -> None:
         if self._captured is None:
             work()
@@ -175,13 +179,13 @@ def _memcpy_async(target: int, source: int, nbytes: int, kind: int, stream: int)
     for address, side in ((target, kind in (1, 3)), (source, kind in (2, 3))):
         if side and at(address).nbytes < nbytes:
             raise CUDARuntimeError(f"cudaErrorInvalidValue: {nbytes} bytes at {address:#x}")
-    Stream._streams[stream].do(lambda: ctypes.memmove(target, source, nbytes))
+    Stream.at(stream).do(lambda: ctypes.memmove(target, source, nbytes))
 
 
 def _memset_async(target: int, value: int, nbytes: int, stream: int) -> None:
     if at(target).nbytes < nbytes:
         raise CUDARuntimeError(f"cudaErrorInvalidValue: {nbytes} bytes at {target:#x}")
-    Stream._streams[stream].do(lambda: ctypes.memset(target, value, nbytes))
+    Stream.at(stream).do(lambda: ctypes.memset(target, value, nbytes))
 
 
 _number = int("".join(c for c in ARCH if c.isdigit()))
@@ -244,7 +248,7 @@ class _Nvrtc(SimpleNamespace):
         pass
 
     def getVersion(self) -> tuple[int, int]:  # as CuPy spells it
-        return (13, 0)
+        return (0, 0)  # no other's: what it "compiled" must not be found by a real one
 
     def createProgram(self, text: str, name: str, headers: tuple[()], includes: tuple[()]) -> str:
         return name
@@ -290,7 +294,7 @@ class _Cublas(SimpleNamespace):
             right = at(a)[: 2 * m * k].view(ml_dtypes.bfloat16).reshape(m, k).astype(np.float32)
             at(c)[: 2 * m * n].view(ml_dtypes.bfloat16)[...] = (left @ right.T).reshape(-1)
 
-        Stream._streams[self.stream].do(work)
+        Stream.at(self.stream).do(work)
 
 
 cublas = _Cublas()
