@@ -37,7 +37,7 @@ SPILLS: dict[str, int] = {
     for types in ("bf16", "f16", "bf16_e4m3")
     for D, allowed in ((64, 512), (96, 96), (128, 768), (256, 2816))
 }
-# The same by pattern. Decode products: what the loop over chunks needs, for the sake of two to four blocks on an SM (the
+# The same by pattern. Decode products: what the loop over chunks needs, so that two to four blocks fit an SM (the
 # loop over k spills nothing); tile products hold 64 tokens × 32 n twice, near the limit of 255 registers.
 SPILLING_FAMILIES = {r"linear_decode_\w+_t[124]": 128, r"linear_tile_\w+_m[12]": 64, r"linear_wgmma_fp8_n128": 32}
 KERNEL = re.compile(
