@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from tiny_models import write_model
 import engine.llm
 import engine.worker
 from engine import LLM, RequestOutput, SamplingParams
-from engine.core import SamplingRow
+from engine.core import Batch, SamplingRow
 from engine.errors import DeviceError, NumericalError, RequestError
 from engine.ops.gpu.backend import GpuOps
 from engine.ops.gpu.device import EmulatedDevice
 from engine.ops.gpu.emulator import EmulatedModule
-from engine.ops.gpu.staging import PackedArrays, Scratch
+from engine.ops.gpu.launch_attention import AttentionShape, num_splits, plan_attention
+from engine.ops.gpu.staging import PackedArrays, Scratch, StagedDecode
 from engine.ops.gpu.steps import GpuSteps, bucket
 from engine.sampler import SamplerState
 
@@ -335,6 +337,36 @@ def test_packed_arrays_arrive_whole(layout: dict[str, Any]) -> None:
         array = packed.device[name]
         assert (array.shape, array.dtype) == (shape, dtype) and array.ctypes.data % 16 == 0
         np.testing.assert_array_equal(array, packed.host[name])
+
+
+@pytest.mark.parametrize(("H", "KVH", "contexts"), [(14, 2, [65, 128, 3]), (48, 2, [100, 1]), (2, 2, [7])])
+def test_a_staged_decode_step_is_the_batch_with_rows_added(H: int, KVH: int, contexts: list[int]) -> None:
+    """Items as they are planned for such a batch; each has partial results of its own, for the longest context."""
+    device, shape, S, blocks, spare = EmulatedDevice(), AttentionShape(H, KVH, 32), 4, 8, 99
+    staged = StagedDecode(device, Scratch(device), shape, S, blocks, 16, spare)
+    n, ends = len(contexts), np.array(contexts, np.int32)
+    for first_block in (1, 40):  # the second time over the first
+        tables = np.arange(n * blocks, dtype=np.int32).reshape(n, blocks) + first_block
+        slots = tables[np.arange(n), (ends - 1) // 16] * 16 + (ends - 1) % 16
+        batch = Batch(
+            np.arange(n, dtype=np.int32) + 5, ends - 1, slots, np.arange(n + 1, dtype=np.int32), ends, tables,
+            np.arange(n, dtype=np.int32),
+        )  # fmt: skip
+        staged.fill(batch)
+    shortest = [*range(n), *[contexts.index(min(contexts))] * (S - n)]
+    np.testing.assert_array_equal(staged.token_ids, batch.token_ids[shortest])
+    np.testing.assert_array_equal(staged.positions, batch.positions[shortest])
+    np.testing.assert_array_equal(staged.block_tables, batch.block_tables[shortest])
+    np.testing.assert_array_equal(staged.slot_mapping, [*slots, *[spare * 16] * (S - n)])
+
+    whole = replace(batch, query_start=np.arange(S + 1, dtype=np.int32), context_lens=ends[shortest])
+    expected, planned = plan_attention(whole, shape), staged.planned(shape, None)
+    np.testing.assert_array_equal(planned.decode_items[:, :5], expected.decode_items[:, :5])
+    longest = num_splits(0, blocks * 16 - 1)
+    assert planned.plan.most_splits == longest >= expected.most_splits
+    np.testing.assert_array_equal(np.diff(planned.decode_items[:, 5]), longest)
+    assert planned.partials.size == len(planned.decode_items) * longest * KVH * expected.partial_rows * (32 + 4)
+    assert planned.arrivals.size == len(planned.decode_items) * KVH and not planned.arrivals.any()
 
 
 def test_operands_share_memory_only_where_one_lives_at_a_time() -> None:
