@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from engine.errors import DeviceError
+from engine.errors import DeviceError, InvalidArgument
 from engine.fp4_types import Fp4Matrix
 from engine.fp8_types import Fp8Matrix
 from engine.ops import fp8
@@ -527,3 +527,23 @@ def test_fp8_of_many_tokens(arch):
         operand = SimpleNamespace(codes=np.pad(codes, ((0, 0), (0, padded(K) - K))), scale=scale)
         values = fp8.decode(codes).astype(np.float64) * scale[:, None]
         assert_close(many_fp8(operand, matrix, arch=arch), values @ fp8_values(matrix).T, 2e-6)
+
+
+def test_families():
+    bf16, f16 = BF16, F16
+    assert [launch_linear.family("sm_90a", M, bf16) for M in (1, 64, 65)] == ["decode", "decode", "wgmma"]
+    assert launch_linear.family("sm_90a", 65, f16) == launch_linear.family("sm_80", 65, bf16) == "tile"
+    assert launch_linear.family("sm_90a", 4096, bf16, deterministic=True) == "decode"
+
+
+def test_what_products_refuse():
+    rng = np.random.default_rng(21)
+    matrix = fp4_matrix(rng, 16, 64, "mxfp4", 32)
+    with pytest.raises(InvalidArgument, match="one format, K and block"):
+        weight_layout.pack_fp4([matrix, fp4_matrix(rng, 16, 64, "nvfp4", 32)])
+    with pytest.raises(InvalidArgument, match="128 k or for all of K"):
+        weight_layout.pack_fp8([fp8_matrix(rng, 16, 256, (16, 64))])
+    with pytest.raises(InvalidArgument, match="multiple of 8"):
+        run_16_bit(np.zeros((1, 12), BF16), np.zeros((16, 12), BF16))
+    with pytest.raises(InvalidArgument, match="w4a16_decode"):
+        tile_w4a16(np.zeros((1, 64), F16), matrix)

@@ -1,7 +1,12 @@
 """Launches of the matrix products: which kernel, how the work is cut, what arguments; headers of cuda/linear_* say why.
 
-Nothing here allocates or launches. The order of sums, and so every bit, is a function of K alone (`slice_k`); all else
-that a plan chooses is for speed.
+Three families, each for every kind of weight; `family` says which is for how many tokens:
+    decode    few tokens, bound by reading the weight; serves any number in column groups (deterministic=True)
+    tile      many tokens on mma.sync, sm_80 and newer; SharQ's backbone on sparse products
+    wgmma     many tokens on sm_90a; bf16 activations, FP4 and FP8 ones made so
+
+Nothing here allocates or launches. Within a family a token's bits depend on its row, K and N alone (`slice_k`, and the
+width of a wgmma tile); all else that a plan chooses is for speed. Families sum in different orders.
 """
 
 from __future__ import annotations
@@ -23,6 +28,20 @@ RESULT_PADDING = 8  # kResultPadding
 OUTPUT_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 H200_SMS = 132
 EXPAND_THREADS = 256
+
+
+Family = Literal["decode", "tile", "wgmma"]
+DECODE_TOKENS = 64  # two column groups of 32: beyond, dequantising over and over costs more than reading
+
+
+def family(arch: str, M: int, dtype: np.dtype[Any], *, deterministic: bool = False) -> Family:
+    """The kernels for M tokens on `arch` ("sm_80" … "sm_90a"); dtype: of 16-bit activations, bfloat16 for others.
+
+    deterministic: one family for every M, so that a token's bits do not depend on how many there are.
+    """
+    if deterministic or M <= DECODE_TOKENS:
+        return "decode"
+    return "wgmma" if arch == "sm_90a" and dtype == ml_dtypes.bfloat16 else "tile"
 
 
 def slice_k(K: int) -> int:
