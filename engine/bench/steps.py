@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from engine.config import EngineConfig
-from engine.core import Batch
+from engine.core import Batch, SamplingParams
 from engine.models.decoder import Decoder
 from engine.ops.contract import Array, Ops
 from engine.runner import ModelRunner, plan_cache
+from engine.sampler import SamplerState
+
+_GREEDY = SamplerState(SamplingParams(temperature=0.0), seed=0).as_row()
 
 
 class OneSequence:
@@ -46,5 +49,7 @@ class OneSequence:
         return self._runner.hidden(batch)
 
     def predict(self, token_ids: Sequence[int], position: int) -> int:
-        """The same, and the most probable next token."""
-        return int(self._runner.logits(self.run(token_ids, position))[0].argmax())
+        """The same, and the most probable next token, chosen where the logits are if the backend can."""
+        hidden = self.run(token_ids, position)
+        (token,) = self._runner.choose(hidden, [0], [_GREEDY])
+        return int(self._runner.logits(hidden)[0].argmax()) if token is None else token
