@@ -263,7 +263,7 @@ class Expanded:
 def expanded_shapes(kind: Kind, M: int, K: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """Field of `Expanded` -> shape and dtype in device memory."""
     P, bf16, sparse = padded(K), np.dtype(ml_dtypes.bfloat16), kind.startswith("sparse")
-    shapes = {"first": ((M, P // 2 if sparse else P), bf16)}
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {"first": ((M, P // 2 if sparse else P), bf16)}
     if kind in ("two", "sparse_and_dense"):
         shapes["second"] = ((M, P), bf16)
     if sparse:

@@ -119,8 +119,9 @@ def unpack_fp4(weight: Fp4Units) -> Fp4Matrix:
     rows = np.ascontiguousarray(scales.transpose(0, 3, 1, 2, 4)).reshape(tiles * TILE_ROWS, -1)
     scale = rows.view(np.uint32) if weight.format == "hif4" else rows
     N, K = weight.N, weight.K
-    parts = (payload[:N, : K // 2], scale[:N, : K // weight.block])
-    return Fp4Matrix(weight.format, *(np.ascontiguousarray(part) for part in parts), weight.g)
+    payload = np.ascontiguousarray(payload[:N, : K // 2])
+    scale = np.ascontiguousarray(scale[:N, : K // weight.block])
+    return Fp4Matrix(weight.format, payload, scale, weight.g)
 
 
 def pack_fp8(shards: Sequence[Fp8Matrix]) -> Fp8Units:
