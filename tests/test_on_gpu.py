@@ -20,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 
 from engine.config import QuantConfig
-from engine.core import Batch
+from engine.core import Batch, SamplingParams
 from engine.errors import CapacityError, DeviceError, NumericalError
 from engine.layers import Context
 from engine.models.decoder import Decoder
@@ -29,6 +29,7 @@ from engine.ops.backends import select_backend
 from engine.ops.gpu.cuda_device import CudaDevice
 from engine.ops.gpu.launch import Launch
 from engine.quant.registry import METHODS, LayerMethods, resolve
+from engine.sampler import SamplerState, sample_row
 from engine.workspace import Workspace
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -215,6 +216,32 @@ def test_the_same_again(loader: str) -> None:
     for quant in ("bf16", "sharq"):
         first, second = (rows_of(Model(device_string(loader), quant), PROMPT, 16) for _ in range(2))
         assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("quant", ["bf16", "sharq"])
+def test_small_recorded_steps(loader: str, quant: str) -> None:
+    """Decode steps replayed from CUDA graphs give the bits of single launches, sampling kernels the host's tokens."""
+    model = Model(device_string(loader), quant, sequences=5)
+    steps = model.ops.new_steps(model.cache, num_heads=CONFIG["num_attention_heads"], max_num_seqs=5)
+    assert steps is not None
+    model.step({s: PROMPT[s : 2 * s + 9] for s in range(5)})
+    for S in (5, 3, 1, 3):  # the last replays what the second recorded
+        work = {s: [PROMPT[S + s]] for s in range(S)}
+        states = [
+            SamplerState(SamplingParams(temperature=0.7 * s, top_p=0.9, repetition_penalty=1 + s / 4), seed=s)
+            for s in range(S)
+        ]
+        for state in states:
+            state.append(PROMPT[0])
+        hidden = steps.decode(
+            model.batch(work), lambda staged, end: model.decoder.forward_staged(staged, end, model.cache)
+        )
+        assert hidden is not None
+        replayed = model.ops.to_host(model.decoder.logits(hidden)).copy()
+        chosen = steps.choose(hidden, range(S), [state.as_row() for state in states], model.decoder.logits)
+        launched = np.concatenate(list(model.step(work).values()))
+        assert replayed.tobytes() == launched.tobytes()
+        assert chosen == [sample_row(row, state, str).token_id for row, state in zip(launched, states, strict=True)]
 
 
 # ---- the device ------------------------------------------------------------------------------------------------------
