@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -94,6 +95,7 @@ BUILD_JOBS = int(os.environ.get("ENGINE_BUILD_JOBS") or min(4, os.cpu_count() or
 CUDA_DIR = Path("cuda")
 CUDA_BINDINGS = CUDA_DIR / "bindings.cpp"
 CUDA_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a")
+ONLY_FOR = {"sm120": "sm_120a", "wgmma": "sm_90a"}  # kernel files whose names end so, as in engine.ops.gpu.compile
 CUDA_FLAGS = ("-std=c++17", "-cubin")
 
 
@@ -224,9 +226,8 @@ def build_cuda(target: Path, folder: Path) -> None:
     with exclusive(folder):
         cubins = [Cubin(source, arch, folder) for arch in chosen for source in kernel_sources(arch)]
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        headers = "".join(path.read_text() for path in sorted(CUDA_DIR.glob("*.cuh")))
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # each nvcc is one process on one core
-            list(pool.map(lambda cubin: cubin.compile(nvcc, version + headers), cubins))
+            list(pool.map(lambda cubin: cubin.compile(nvcc, version), cubins))
         images = folder / "images.cpp"
         images.write_text(images_source(cubins))
         folders = [pybind11.get_include(), sysconfig.get_path("include"), *toolkit_includes(nvcc)]
@@ -260,9 +261,21 @@ def toolkit_includes(nvcc: str) -> list[str]:
 
 
 def kernel_sources(arch: str) -> list[Path]:
-    """The kernel files that have anything for `arch`: those named for sm_120 have nothing for others."""
+    """The kernel files that have anything for `arch`."""
     found = sorted(CUDA_DIR.glob("*.cu"))
-    return [path for path in found if arch.startswith("sm_12") or not path.stem.endswith("_sm120")]
+    return [path for path in found if arch == ONLY_FOR.get(path.stem.rpartition("_")[2], arch)]
+
+
+def with_includes(source: Path) -> list[Path]:
+    """A kernel file and all of cuda/ that it includes."""
+    found: list[Path] = []
+    pending = [source]
+    while pending:
+        path = pending.pop()
+        if path not in found and path.is_file():
+            found.append(path)
+            pending += [CUDA_DIR / name for name in re.findall(r'#include "([^"]+)"', path.read_text())]
+    return sorted(found)
 
 
 class Cubin:
@@ -274,9 +287,10 @@ class Cubin:
         self.path = folder / f"{source.stem}-{arch}.cubin"
         self.stamp = self.path.with_suffix(".key")
 
-    def compile(self, nvcc: str, context: str) -> None:
-        """Anew where the source or its context, the compiler's version and all headers, changed."""
-        text = "\n".join([context, " ".join(CUDA_FLAGS), self.source.read_text()])
+    def compile(self, nvcc: str, version: str) -> None:
+        """Anew where the sources, the flags or the compiler's version changed."""
+        texts = [path.read_text() for path in with_includes(self.source)]
+        text = "\n".join([version, " ".join(CUDA_FLAGS), *texts])
         key = hashlib.sha256(text.encode()).hexdigest()
         if self.path.exists() and self.stamp.exists() and self.stamp.read_text() == key:
             return

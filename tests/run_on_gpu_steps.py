@@ -73,12 +73,11 @@ def _setup() -> dict[str, Any]:
 
 
 def nvrtc(out: Path) -> None:
+    from engine.ops.gpu.compile import kernel_files
     from engine.ops.gpu.cuda_device import CudaDevice
-    from engine.ops.gpu.sources import cuda_directory
 
     arch = CudaDevice().arch
-    names = sorted(path.name for path in cuda_directory().glob("*.cu"))
-    names = [name for name in names if arch.startswith("sm_12") or "_sm120" not in name]
+    names = kernel_files(arch)
     start = time.monotonic()
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         problems = dict(zip(names, pool.map(_compiled, names, [arch] * len(names)), strict=True))

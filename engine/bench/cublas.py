@@ -69,7 +69,7 @@ class Cublas:
         self._handle = device_module.get_cublas_handle()
         cublas.setStream(self._handle, device.stream.ptr)
         cublas.setPointerMode(self._handle, 0)  # the factors are on the host
-        self._one, self._zero = np.float32([1]), np.float32([0])
+        self._one, self._zero = np.array([1], np.float32), np.array([0], np.float32)
 
     def weight(self, N: int, K: int) -> GpuArray:
         return self._device.repeat_rows(random_rows(K), N)
@@ -119,7 +119,7 @@ class CublasLt:
         self._handle = ctypes.c_void_p()
         self._call("cublasLtCreate", ctypes.byref(self._handle))
         self._workspace = device.empty((_WORKSPACE,), np.dtype(np.uint8))
-        self._scale = device.upload(np.float32([1]))
+        self._scale = device.upload(np.array([1], np.float32))
         self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
         self._calls: list[Any] = []  # keeps descriptors alive
 

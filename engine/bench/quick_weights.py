@@ -40,13 +40,13 @@ class QuickGpuOps(GpuOps):
     def __init__(self, device: CudaDevice, *, deterministic: bool = False) -> None:
         super().__init__(device, deterministic=deterministic)
         self._cuda = device
-        self._staged: StagedBatch | None = None
+        self._staged: tuple[Batch, StagedBatch] | None = None
 
     def stage(self, batch: Batch) -> StagedBatch:
         """The last one again for the same batch: a step that is captured into a CUDA graph must not upload."""
-        if self._staged is None or self._staged.host is not batch:
-            self._staged = super().stage(batch)
-        return self._staged
+        if self._staged is None or self._staged[0] is not batch:
+            self._staged = batch, super().stage(batch)
+        return self._staged[1]
 
     def pack_weight(self, shards: Sequence[Array]) -> Any:
         N, K = _size(shards)

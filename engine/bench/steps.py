@@ -17,7 +17,7 @@ from engine.ops.contract import Array, Ops
 from engine.runner import ModelRunner, plan_cache
 from engine.sampler import SamplerState
 
-_GREEDY = SamplerState(SamplingParams(temperature=0.0), seed=0).as_row()
+_GREEDY = SamplerState(SamplingParams(temperature=0.0), seed=0)
 
 
 class OneSequence:

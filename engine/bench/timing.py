@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -100,11 +100,11 @@ class GpuDevice:
 
     def __init__(self, device: CudaDevice, *, deterministic: bool = False) -> None:
         self.device = device
-        self.ops = QuickGpuOps(device, deterministic=deterministic)
+        self.ops: Ops = QuickGpuOps(device, deterministic=deterministic)
         self.rotation_bytes = 2 * device.l2_bytes
         self.notes: list[str] = []
 
-    def array(self, host: Array) -> Array:
+    def array(self, host: Array) -> Any:
         return self.device.upload(host)
 
     def seconds(self, calls: Iterable[Call]) -> float:

@@ -24,6 +24,7 @@ from engine.errors import DeviceError
 from engine.ops.gpu import sources
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a", "sm_121a")
+ONLY_FOR = {"sm120": "sm_120a", "wgmma": "sm_90a"}  # files of cuda/ whose names end so; setup.py has the same table
 _OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 _ELF = b"\x7fELF"
 
@@ -49,6 +50,12 @@ def cubin(source: str | Path, arch: str, *, defines: Sequence[str] = (), cache: 
     target = folder / f"{path.stem}-{arch}-{key}-{_digest(image)}.cubin"
     _publish(target, image)
     return target
+
+
+def kernel_files(arch: str) -> list[str]:
+    """The files of cuda/ that have kernels for `arch`."""
+    names = sorted(path.stem for path in sources.cuda_directory().glob("*.cu"))
+    return [f"{name}.cu" for name in names if arch == ONLY_FOR.get(name.rpartition("_")[2], arch)]
 
 
 def nvrtc_version() -> tuple[int, int]:

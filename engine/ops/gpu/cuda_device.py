@@ -252,7 +252,8 @@ class CudaDevice:
         """
         work()
         self.synchronize()
-        self._captured = launches = []
+        launches: list[Launch] = []
+        self._captured = launches
         try:
             self.stream.begin_capture()
             try:

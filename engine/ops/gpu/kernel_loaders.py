@@ -108,7 +108,7 @@ def make_loader(name: str, cupy: ModuleType, arch: str, *, debug: bool = False) 
 def extension() -> ModuleType:
     """`engine._cuda`. Raises DeviceError."""
     try:
-        from engine import _cuda  # type: ignore[attr-defined]  # built, or not
+        from engine import _cuda
     except ImportError as problem:
         raise DeviceError(
             f"engine._cuda is not built ({problem}); build it with ENGINE_BUILD_CUDA=1 pip install -e . (nvcc needed), "
