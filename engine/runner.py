@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import EngineConfig, ModelConfig
-from engine.core import Batch, SamplingRow
+from engine.core import Batch
 from engine.errors import CapacityError, InvalidArgument
 from engine.models.decoder import Decoder
 from engine.ops.contract import Array, KVCache, Ops
+from engine.sampler import SamplerState
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -122,15 +123,20 @@ class ModelRunner:
     def _forward(self, step: Any, num_positions: int) -> Array:
         return self._model.forward_staged(step, num_positions, self.cache)
 
-    def choose(self, hidden: Array, rows: Sequence[int], choices: Sequence[SamplingRow]) -> list[int | None]:
+    def choose(self, hidden: Array, rows: Sequence[int], states: Sequence[SamplerState]) -> list[int | None]:
         """The next token of some rows of `hidden`'s result, chosen where the logits are, or None for one that the host
-        must choose: each, on a backend that has no device of its own.
+        must choose: because log-probabilities are wanted, or the logits unusable, or the backend has no such place.
 
         Raises NumericalError as `Ops.to_host` does.
         """
-        if self._steps is None or not rows:
-            return [None] * len(rows)
-        return self._steps.choose(hidden, rows, choices, self._model.logits)
+        tokens: list[int | None] = [None] * len(rows)
+        plain = [i for i, state in enumerate(states) if state.params.logprobs is None]
+        if self._steps is not None and plain:
+            choices = [states[i].as_row() for i in plain]
+            chosen = self._steps.choose(hidden, [rows[i] for i in plain], choices, self._model.logits)
+            for i, token in zip(plain, chosen, strict=True):
+                tokens[i] = token
+        return tokens
 
     def logits(self, hidden: Array, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Logits [r, V] of some rows of `hidden`'s result, or of all. Valid until the next call.

@@ -191,31 +191,22 @@ class Worker:
     def _sample(self, step: ScheduledStep, hidden: Array) -> dict[Sequence, SampledToken]:
         """A token for each sequence that is due one; a request whose row is unusable fails and gets none."""
         due = [(row, sequence) for row, sequence in step.sampled if not sequence.is_finished]
-        tokens = self._choose(due, hidden)
-        left = [row for row, _ in due if row not in tokens]
+        states = [self._answers[sequence].sampler for _, sequence in due]
+        tokens = self._runner.choose(hidden, [row for row, _ in due], states)
+        left = [row for (row, _), token in zip(due, tokens, strict=True) if token is None]
         logits = dict(zip(left, self._runner.logits(hidden, left), strict=True)) if left else {}
         sampled = {}
-        for row, sequence in due:
+        for (row, sequence), state, token in zip(due, states, tokens, strict=True):
             if sequence.is_finished:  # a sibling's error ended the request
                 continue
+            if token is not None:
+                sampled[sequence] = SampledToken(token, None)
+                continue
             try:
-                if row in tokens:
-                    sampled[sequence] = SampledToken(tokens[row], None)
-                else:
-                    sampled[sequence] = sample_row(
-                        logits[row], self._answers[sequence].sampler, self._tokenizer.token_text
-                    )
+                sampled[sequence] = sample_row(logits[row], state, self._tokenizer.token_text)
             except EngineError as error:
                 self._fail(sequence.request_id, error)
         return {sequence: token for sequence, token in sampled.items() if not sequence.is_finished}
-
-    def _choose(self, due: list[tuple[int, Sequence]], hidden: Array) -> dict[int, int]:
-        """Row -> token, of rows whose logits need not come to the host: no log-probabilities are wanted of them."""
-        plain = [(row, sequence) for row, sequence in due if sequence.params.logprobs is None]
-        rows = [row for row, _ in plain]
-        choices = [self._answers[sequence].sampler.as_row() for _, sequence in plain]
-        tokens = self._runner.choose(hidden, rows, choices)
-        return {row: token for row, token in zip(rows, tokens, strict=True) if token is not None}
 
     def _score_prompts(self, step: ScheduledStep, hidden: Array) -> None:
         """Logits or log-probabilities of the prompt rows that requests asked for, a bounded number at a time."""
