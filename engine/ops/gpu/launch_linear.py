@@ -86,7 +86,7 @@ def plan_decode(
     row_blocks = -(-N // (TILE_ROWS * warps))
     size = slice_k(K)
     slices = -(-K // size)
-    splits = min(slices, -(-4 * sms // (row_blocks * groups)))  # four blocks an SM keep it busy
+    splits = max(1, min(slices, -(-4 * sms // (row_blocks * groups))))  # four blocks an SM keep it busy
     per_block = -(-slices // splits)
 
     columns = min(M, group_tokens) * paths
