@@ -5,6 +5,11 @@
     host_build.py   a .cu file as a shared library for the CPU, cached on disk
     elf.py          the thread-local symbols of such a library: its __shared__ arrays
     emulator.py     EmulatedModule: launching such a library's kernels on NumPy arrays
+    compile.py kernel_loaders.py    kernels for a GPU: NVRTC and its disk cache, or the extension engine._cuda
+    device.py cuda_device.py        memory, launches, recordings: the emulator's, a GPU's
+    launch_*.py weight_layout.py    an operation's launches; weights as its kernels want them
+    backend.py      GpuOps, the operations
+    staging.py steps.py             a step's arrays on the device; decode steps recorded, tokens chosen
 
 What runs the kernels on the CPU is C++: cuda/emulate/README.md.
 """

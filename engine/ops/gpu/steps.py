@@ -79,8 +79,8 @@ class _Decode:
 class GpuSteps:
     """`engine.ops.contract.Steps` of one model on one device.
 
-    shape: of its attention layers; cache: of num_blocks + 1 blocks, the last one spare. record: whether decode steps
-    are recorded.
+    shape: of its attention layers. spare_block: of the cache, one that no sequence has. max_num_seqs: the most
+    sequences of a step. record: whether decode steps, and choices of tokens, are recorded.
     """
 
     def __init__(
@@ -93,7 +93,8 @@ class GpuSteps:
         self._shape = shape
         self._block_size = block_size
         self._spare_block = spare_block
-        self._most_recorded = max_num_seqs if record else 0
+        self._max_num_seqs = max_num_seqs
+        self._record = record
         self._decodes: dict[tuple[int, int], _Decode] = {}
         self._choices: dict[tuple[int, int, bool], _Choice] = {}
         recorded = f"recorded decode steps up to {max_num_seqs}" if record else "decode steps not recorded"
@@ -102,9 +103,10 @@ class GpuSteps:
     def decode(self, batch: Batch, forward: Forward) -> Any:
         """Hidden states [S, C] of a decode step, valid until the next step; None for any other step."""
         S = len(batch.context_lens)
-        if len(batch.token_ids) > S or self._most_recorded < S:
+        if not self._record or len(batch.token_ids) > S:
             return None
-        step = self._decode(min(bucket(S), self._most_recorded), int(batch.context_lens.max()))
+        assert S <= self._max_num_seqs, f"{S} sequences in a step, more than max_num_seqs {self._max_num_seqs}"
+        step = self._decode(min(bucket(S), self._max_num_seqs), int(batch.context_lens.max()))
         step.staged.fill(batch)
         if step.recording is None:
 
@@ -141,12 +143,12 @@ class GpuSteps:
         choice = self._choices[key]
         choice.fill(rows, choices)
         self._device.launch(launch_rows.embed(hidden, choice.rows, choice.gathered))
-        if not self._most_recorded:
-            choice.launch(head)
-        else:
+        if self._record:
             if choice.recording is None:
                 choice.recording = self._capture(lambda: choice.launch(head))
             choice.recording.run()
+        else:
+            choice.launch(head)
         tokens, status = self._report.read(R)[:, : len(rows)].tolist()
         return [None if bad else token for token, bad in zip(tokens, status, strict=True)]
 
