@@ -105,7 +105,7 @@ class GpuSteps:
         S = len(batch.context_lens)
         if not self._record or len(batch.token_ids) > S:
             return None
-        assert S <= self._max_num_seqs, f"{S} sequences in a step, more than max_num_seqs {self._max_num_seqs}"
+        assert self._max_num_seqs >= S, f"{S} sequences in a step, more than max_num_seqs {self._max_num_seqs}"
         step = self._decode(min(bucket(S), self._max_num_seqs), int(batch.context_lens.max()))
         step.staged.fill(batch)
         if step.recording is None:
