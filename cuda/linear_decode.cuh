@@ -81,6 +81,7 @@ struct Epilogue {
     }
 };
 
+__device__ __forceinline__ int log2_of(int power) { return 31 - __clz(power); }
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
 // Whether this block is the last of gridDim.y to arrive here; then it sees what the others wrote before. The count goes
@@ -105,7 +106,7 @@ __device__ __forceinline__ u32 next_slot(u32 offset) {
 
 // How the work is cut; see above.
 struct Cut {
-    int slice_k, slices_per_block, chunk_k;
+    int slice_k, slices_per_block, chunk_k;  // slice_k and chunk_k powers of two
     float* partials;  // [slices, M, N padded to 16]; null where gridDim.y is 1
     u32* arrivals;    // [gridDim.z, gridDim.x], zero
 };
@@ -138,9 +139,9 @@ struct Rows {
     template <int kTiles>
     __device__ __forceinline__ void fill(u8* to, float*, int first, int columns, int k, int count) const {
         const bool vectors = is_aligned(x) && stride % 8 == 0;
-        const int eights = count / 8;
+        const int eights = count / 8, log2_eights = log2_of(eights);
         for (int i = threadIdx.x; i < columns * eights; i += blockDim.x) {
-            const int column = i / eights, at = 8 * (i - column * eights);
+            const int column = i >> log2_eights, at = 8 * (i & (eights - 1));
             u32 words[4];
             load_sixteen_bytes(x + (first + column) * stride, k + at, K, vectors, words);
             Weight::store_eight(to + column * (2 * count + Weight::kColumnPadding), at, words);
@@ -162,9 +163,9 @@ struct RowsAsF16 {
     template <int kTiles>
     __device__ __forceinline__ void fill(u8* to, float* scales, int first, int columns, int k, int count) const {
         const bool vectors = is_aligned(x) && stride % 8 == 0;
-        const int eights = count / 8, items = columns * eights, lane = lane_of_warp();
+        const int eights = count / 8, log2_eights = log2_of(eights), items = columns * eights, lane = lane_of_warp();
         for (int start = threadIdx.x - lane; start < items; start += blockDim.x) {
-            const int i = start + lane, column = min(i, items - 1) / eights, at = 8 * (i - column * eights);
+            const int i = start + lane, column = i >> log2_eights, at = 8 * (i & (eights - 1));
             u32 words[4] = {}, largest = 0;
             if (i < items) load_sixteen_bytes(x + (first + column) * stride, k + at, K, vectors, words);
 #pragma unroll

@@ -128,16 +128,16 @@ struct Fp4Input {
     template <int kTiles>
     __device__ __forceinline__ void fill(u8* to, float* scales, int first, int columns, int k, int count) const {
         if (kScaleGroup) fill_scales<kTiles>(scales, first, columns, k, count);
-        const int eights = count / 8;
+        const int eights = count / 8, log2_eights = log2_of(eights);
         for (int i = threadIdx.x; i < columns * eights; i += blockDim.x) {
-            const int column = i / eights, at = 8 * (i - column * eights);
+            const int column = i >> log2_eights, at = 8 * (i & (eights - 1));
             const bool is_backbone = backbone && ((first + column) & 1) == 0;
             const i64 t = backbone ? (first + column) >> 1 : first + column;
             u32 word = 0, scale = 0, pairs[4] = {};
             if (k + at < K) {
                 const i64 position = t * K + k + at;  // of the eight, in codes
-                const int block = is_backbone ? backbone_block : residual_block;
-                scale = (is_backbone ? backbone_scale : residual_scale)[t * (K / block) + (k + at) / block];
+                const int log2_block = log2_of(is_backbone ? backbone_block : residual_block);
+                scale = (is_backbone ? backbone_scale : residual_scale)[(t * K + k + at) >> log2_block];
                 word = !is_backbone ? reinterpret_cast<const u32*>(residual)[position / 8]
                        : metadata ? kept_word(position) : reinterpret_cast<const u32*>(backbone)[position / 8];
                 Codes::input_pairs(word, scale, at / 8 % 8, pairs);

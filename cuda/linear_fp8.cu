@@ -97,9 +97,9 @@ struct Fp8Input {
 
     template <int kTiles>
     __device__ __forceinline__ void fill(u8* to, float*, int first, int columns, int k, int count) const {
-        const int eights = count / 8;
+        const int eights = count / 8, log2_eights = log2_of(eights);
         for (int i = threadIdx.x; i < columns * eights; i += blockDim.x) {
-            const int column = i / eights, at = 8 * (i - column * eights);
+            const int column = i >> log2_eights, at = 8 * (i & (eights - 1));
             u32 words[4] = {};
             if (k + at < K) {
                 const u8* from = codes + static_cast<i64>(first + column) * K + k + at;

@@ -13,7 +13,9 @@
 // which every thread saw finished before the barrier.
 //
 // Order of sums: the tensor core's over all K where the tile has 256 n (128 accumulators a thread leave no room), as in
-// any bf16 GEMM; over slice_k with 128 n, slices added in fp32. It depends on K and the entry point alone.
+// any bf16 GEMM; over slice_k with 128 n, slices added in fp32. It depends on K and the entry point alone. By the
+// emulator's model of the tensor core, which truncates, K = 14336 of normal numbers costs 2.4e-5 of max |Y| the first
+// way, 3e-6 the second.
 //
 // Grid: x token blocks, y row blocks. Shared memory (launch_linear.py: plan_wgmma): stages · (16 KB a path + 128 bytes
 // a row n of 16-bit weights), or 3 · 128 bytes a row n dequantised; results pass through the same memory.

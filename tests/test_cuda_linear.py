@@ -161,6 +161,21 @@ def test_fp4_decode(format, block, kind):
         assert_close(y, exact(operand, matrix), 2e-6)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_sharq_over_a_long_row_beside_the_reference(arch):
+    """K of a real model, an outlier, a global scale per shard: as near to float64 as NumPy's fp32 sums."""
+    rng = np.random.default_rng(22)
+    x = rng.standard_normal((2, 4096)).astype(BF16)
+    x[0, 5] = 60
+    w = rng.standard_normal((16, 4096)).astype(np.float32)
+    matrix = REFERENCE.quantize_weight(w, format="nvfp4", block=32, grade="sweep")
+    operand = REFERENCE.prepare_sharq(x)
+    y = run_fp4(operand, matrix, dev=device(arch))
+    reference = REFERENCE.fp4_linear(operand, REFERENCE.pack_fp4([matrix]), out=np.empty((2, 16), np.float32))
+    assert_close(y, reference.astype(np.float64), 1e-6)
+    assert_close(y, exact(operand, matrix), 1e-6)
+
+
 # ---- FP8 and 16-bit weights ------------------------------------------------------------------------------------------
 
 
