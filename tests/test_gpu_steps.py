@@ -28,7 +28,7 @@ from engine.core import Batch, SamplingRow
 from engine.errors import DeviceError, NumericalError, RequestError
 from engine.ops.gpu.backend import GpuOps
 from engine.ops.gpu.device import EmulatedDevice
-from engine.ops.gpu.emulator import EmulatedModule
+from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule
 from engine.ops.gpu.launch_attention import AttentionShape, num_splits, plan_attention
 from engine.ops.gpu.staging import PackedArrays, Scratch, StagedDecode
 from engine.ops.gpu.steps import GpuSteps, bucket
@@ -120,6 +120,17 @@ def assert_replayed_alike(
             recorded = set(steps_of(llm)._decodes)
     assert results[1] == results[0]
     assert recorded >= used, "the recordings that the test is about"
+
+
+def test_replays_under_the_checker(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No access out of bounds and no race in what is replayed, whatever the order of threads; the same tokens."""
+    monkeypatch.setattr("engine.ops.gpu.steps._LEAST_BLOCKS", 4)
+    found = []
+    for device in (EmulatedDevice(), EmulatedDevice(checked=True, schedule=SCHEDULES[2])):
+        with load(device=device) as llm:
+            params = [SamplingParams(seed=3, top_p=0.9, max_tokens=count, ignore_eos=True) for count in (5, 3, 3)]
+            found.append(answers(llm.generate([TOKENS[:61], TOKENS[70:73], TOKENS[80:100]], params)))
+    assert found[0] == found[1]
 
 
 def test_growing_batches_and_preempted_sequences(load: Load) -> None:
