@@ -132,17 +132,15 @@ def stages(options: argparse.Namespace, report: Report) -> Iterator[Stage]:
         steps = [*python, __file__.replace(".py", "_steps.py")]
         cores = {"ENGINE_BUILD_JOBS": str(os.cpu_count()), "ENGINE_CUDA_ARCHITECTURES": arch}
         yield Stage("build-cuda", [*steps, "build-cuda"], 150, environment=cores)
-        yield Stage("build-cpu", [*steps, "build-cpu"], 150, environment=cores)
+        yield Stage("build-cpu", [*steps, "build-cpu"], 100, environment=cores)
         yield Stage("compile-nvrtc", [*steps, "nvrtc", str(work / "nvrtc.json")], 120, work / "nvrtc.json")
-    loaders = ("nvrtc", "extension") if extension_is_built() else ("nvrtc",)
-    if "extension" not in loaders:
-        report["stages"].append({"name": "test-kernels-extension", "outcome": "skipped", "why": "no engine._cuda"})
     few = ["-k", "silu or embed or small_re or captured or errors_name"] if options.rehearse else []
     yield pytest_stage("test-on-gpu", available(GPU_TESTS), few, 75, work)
-    for loader in loaders:
-        plugin = ["-p", "gpu_for_emulator", "--kernel-loader", loader, *few]
-        yield pytest_stage(f"test-kernels-{loader}", available(KERNEL_TESTS), plugin, 90, work)
+    plugin = [*few, "-p", "gpu_for_emulator", "--kernel-loader"]
+    yield pytest_stage("test-kernels-nvrtc", available(KERNEL_TESTS), [*plugin, "nvrtc"], 120, work)
     yield from benchmarks(options, work)
+    if extension_is_built() and not options.rehearse:
+        yield pytest_stage("test-kernels-extension", available(KERNEL_TESTS), [*plugin, "extension"], 120, work)
     yield from sanitizer(options)
 
 

@@ -127,8 +127,11 @@ def _calls(case: Case, config: ModelConfig, device: BenchDevice) -> Iterator[Cal
     batch = case.batch(ops.kv_block_size)
     blocks = batch.block_tables.size
     cache = ops.new_kv_cache(num_layers=layers, num_blocks=blocks, num_kv_heads=KVH, head_dim=D, dtype=BF16)
+    slots = blocks * ops.kv_block_size
+    values = np.random.default_rng(2).standard_normal((min(slots, _FILL_ROWS), (H + 2 * KVH) * D), np.float32)
+    qkv = device.array(values.astype(BF16))
     for layer in range(layers):
-        _fill(cache, layer, blocks * ops.kv_block_size, config, device)
+        _fill(cache, layer, slots, qkv, config, device)
     rows = case.S * case.new
     q = device.array(np.random.default_rng(1).standard_normal((rows, H * D), np.float32).astype(BF16))
     out = ops.empty((rows, H * D), BF16)
@@ -138,11 +141,10 @@ def _calls(case: Case, config: ModelConfig, device: BenchDevice) -> Iterator[Cal
         yield partial(attend, layer)
 
 
-def _fill(cache: Any, layer: int, slots: int, config: ModelConfig, device: BenchDevice) -> None:
-    """Random K and V in every slot."""
-    ops, H, KVH, D = device.ops, config.num_heads, config.num_kv_heads, config.head_dim
-    values = np.random.default_rng(2).standard_normal((min(slots, _FILL_ROWS), (H + 2 * KVH) * D), np.float32)
-    qkv, table = device.array(values.astype(BF16)), device.array(np.zeros((1, D), np.float32) + 1)
+def _fill(cache: Any, layer: int, slots: int, qkv: Any, config: ModelConfig, device: BenchDevice) -> None:
+    """K and V of qkv's rows in every slot."""
+    ops, H, D = device.ops, config.num_heads, config.head_dim
+    table = device.array(np.ones((1, D), np.float32))
     for start in range(0, slots, _FILL_ROWS):
         count = min(_FILL_ROWS, slots - start)
         whole = np.arange(start, start + count, dtype=np.int32)

@@ -33,7 +33,6 @@ Turn = Callable[[], float]  # runs its calls; their seconds together
 _CPU_DIR = Path("/sys/devices/system/cpu")
 _UNKNOWN_CACHE = 64 << 20  # where the system does not tell: as much as a large desktop processor has
 _LEAST_READ = 256 << 20  # bytes of a bandwidth reading: milliseconds, far above what starting it costs
-_SAMPLE_SECONDS = 0.004  # one competitor's turn: a hundred calls of 40 µs; a thousandth of it is the clock's
 _WARM_UP = 4  # calls before the rounds, which also tell how many make a turn
 _ROUNDS = (3, 200)
 _GPU_SETTLES = 0.3  # seconds of work until its clocks are up
@@ -44,6 +43,7 @@ class BenchDevice(Protocol):
     """One kind of hardware under measurement."""
 
     ops: Ops
+    sample_seconds: float  # one competitor's turn: long beside what reading the clock costs
     rotation_bytes: int  # a set of weights used in turns is at least this large: each is cold when its turn comes
     notes: list[str]  # what a reader of the figures must know
 
@@ -65,6 +65,8 @@ class BenchDevice(Protocol):
 
 class CpuDevice:
     """The processor, by the wall clock."""
+
+    sample_seconds = 0.004  # a hundred calls of 40 µs; a thousandth of it is the clock's
 
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
@@ -97,6 +99,8 @@ class CpuDevice:
 
 class GpuDevice:
     """A GPU, by CUDA events; kernel launches as `BenchDevice.turn` has them."""
+
+    sample_seconds = 0.0015  # starting a graph costs microseconds; capturing longer ones takes the host longer
 
     def __init__(self, device: CudaDevice, *, deterministic: bool = False) -> None:
         self.device = device
@@ -169,7 +173,7 @@ def interleaved(device: BenchDevice, subjects: Mapping[str, Sequence[Call]], sec
     A subject's calls are taken in rotation (`BenchDevice.turn`). seconds: about how long it may all take.
     """
     single = {name: _single(device, calls) for name, calls in subjects.items()}
-    counts = {name: max(1, round(_SAMPLE_SECONDS / max(time, 1e-7))) for name, time in single.items()}
+    counts = {name: max(1, round(device.sample_seconds / max(time, 1e-7))) for name, time in single.items()}
     turns = {name: device.turn(calls, counts[name]) for name, calls in subjects.items()}
     round_seconds = sum(counts[name] * single[name] for name in subjects)
     rounds = min(max(_ROUNDS[0], int(seconds / round_seconds)), _ROUNDS[1])
