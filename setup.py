@@ -226,7 +226,7 @@ def build_cuda(target: Path, folder: Path) -> None:
     with exclusive(folder):
         cubins = [Cubin(source, arch, folder) for arch in chosen for source in kernel_sources(arch)]
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # each nvcc is one process on one core
+        with ThreadPoolExecutor(BUILD_JOBS) as pool:
             list(pool.map(lambda cubin: cubin.compile(nvcc, version), cubins))
         images = folder / "images.cpp"
         images.write_text(images_source(cubins))

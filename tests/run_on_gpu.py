@@ -35,6 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("numpy", "ml_dtypes", "cupy", "pybind11", "pytest")
 BUILD = "build"  # under the root: what is in between
+CORES = min(16, len(os.sched_getaffinity(0)))  # compilers at once: each takes up to a gigabyte
 TAIL = 4000  # characters of a failed stage's output that are kept
 MODELS = ("qwen2.5-7b", "llama-3.1-8b", "qwen3-8b")
 
@@ -130,7 +131,7 @@ def stages(options: argparse.Namespace, report: Report) -> Iterator[Stage]:
     arch = report["figures"].get("device", {}).get("arch", "sm_90a")
     if not options.rehearse:
         steps = [*python, __file__.replace(".py", "_steps.py")]
-        cores = {"ENGINE_BUILD_JOBS": str(os.cpu_count()), "ENGINE_CUDA_ARCHITECTURES": arch}
+        cores = {"ENGINE_BUILD_JOBS": str(CORES), "ENGINE_CUDA_ARCHITECTURES": arch}
         yield Stage("build-cuda", [*steps, "build-cuda"], 150, environment=cores)
         yield Stage("build-cpu", [*steps, "build-cpu"], 100, environment=cores)
         yield Stage("compile-nvrtc", [*steps, "nvrtc", str(work / "nvrtc.json")], 120, work / "nvrtc.json")
