@@ -79,7 +79,8 @@ def nvrtc(out: Path) -> None:
     arch = CudaDevice().arch
     names = kernel_files(arch)
     start = time.monotonic()
-    with ProcessPoolExecutor(min(16, len(os.sched_getaffinity(0))), mp_context=multiprocessing.get_context("spawn")) as pool:
+    cores = min(16, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
         problems = dict(zip(names, pool.map(_compiled, names, [arch] * len(names)), strict=True))
     failed = {name: problem for name, problem in problems.items() if problem}
     out.write_text(json.dumps({"files": len(names), "seconds": time.monotonic() - start, "failed": failed}))
