@@ -28,6 +28,23 @@ def get_default_memory_pool() -> MemoryPool:
     return default_pool
 
 
+class ndarray:  # noqa: N801  # as CuPy spells it
+    """A contiguous array in device memory."""
+
+    def __init__(self, host: np.ndarray[Any, Any]) -> None:
+        self.shape, self.dtype, self.nbytes = host.shape, host.dtype, host.nbytes
+        self.memory = cuda.alloc(max(host.nbytes, 16))
+        cuda.at(self.memory.ptr)[: self.nbytes] = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
+
+
+def asarray(host: np.ndarray[Any, Any]) -> ndarray:
+    return ndarray(host)
+
+
+def asnumpy(array: ndarray) -> np.ndarray[Any, Any]:
+    return cuda.at(array.memory.ptr)[: array.nbytes].view(array.dtype).reshape(array.shape).copy()
+
+
 class RawKernel:
     max_dynamic_shared_size_bytes = 48 << 10
 
@@ -40,7 +57,8 @@ class RawKernel:
     ) -> None:
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise cuda.driver.CUDADriverError(f"{self._name}: {shared_mem} bytes of shared memory were not asked for")
-        values = [np.asarray(value)[()] for value in args]
+        grid, block = ((*shape, 1, 1)[:3] for shape in (grid, block))
+        values = [np.uint64(a.memory.ptr) if isinstance(a, ndarray) else np.asarray(a)[()] for a in args]
         cuda.get_current_stream().do(lambda: emulated_launch(self._source, self._name, grid, block, shared_mem, values))
 
 
