@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import CapacityError, DeviceError, InvalidArgument
-from engine.ops.gpu.kernel_loaders import make_loader
+from engine.ops.gpu.kernel_loaders import LOADERS, make_loader
 from engine.ops.gpu.launch import Launch
 
 _ARCHITECTURES = {
@@ -105,10 +105,12 @@ class CudaDevice:
     """The GPU, with kernels from `loader`. debug: wait after each launch, so that a failure names its kernel.
 
     sms: its multiprocessors; l2_bytes: its last-level cache; memory_bytes: all it has. Raises DeviceError where CuPy, a
-    driver, the loader, or a GPU the kernels exist for is missing.
+    driver, the loader, or a GPU the kernels exist for is missing; InvalidArgument for an unknown loader.
     """
 
     def __init__(self, loader: str = "nvrtc", *, debug: bool = False) -> None:
+        if loader not in LOADERS:
+            raise InvalidArgument(f"unknown kernel loader {loader!r}; choose one of {', '.join(LOADERS)}")
         self._cupy = _cupy()
         runtime = self._cupy.cuda.runtime
         try:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from engine.errors import DeviceError, InvalidArgument
+from engine.errors import DeviceError
 from engine.ops.gpu.compile import cubin
 from engine.ops.gpu.launch import Launch
 
@@ -97,12 +97,10 @@ class ExtensionKernels:
 
 
 def make_loader(name: str, cupy: ModuleType, arch: str, *, debug: bool = False) -> KernelLoader:
-    """Raises InvalidArgument for an unknown name, DeviceError where that loader cannot work."""
+    """name: one of LOADERS. Raises DeviceError where that loader cannot work."""
     if name == "nvrtc":
         return NvrtcKernels(cupy, arch, debug=debug)
-    if name == "extension":
-        return ExtensionKernels(arch, debug=debug)
-    raise InvalidArgument(f"unknown kernel loader {name!r}; choose one of {', '.join(LOADERS)}")
+    return ExtensionKernels(arch, debug=debug)
 
 
 def extension() -> ModuleType:
