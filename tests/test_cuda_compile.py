@@ -38,8 +38,8 @@ SPILLS: dict[str, int] = {
     for D, allowed in ((64, 512), (96, 96), (128, 768), (256, 2816))
 }
 # The same by pattern. Decode products: what the loop over chunks needs, so that two to four blocks fit an SM (the
-# loop over k spills nothing); tile products hold 64 tokens × 32 n twice, near the limit of 255 registers. Compilers differ: nvcc 13.0 and 13.5 were
-# tried.
+# loop over k spills nothing); tile products hold 64 tokens × 32 n twice, near the limit of 255 registers. Compilers
+# differ: nvcc 13.0 and 13.5 were tried.
 SPILLING_FAMILIES = {
     r"linear_decode_\w+_t[124]": 192,
     r"linear_tile_\w+_m[12]": 160,
