@@ -52,9 +52,10 @@ class QuickGpuOps(GpuOps):
         N, K = _size(shards)
         return self._repeated(super().pack_weight([random_rows(K).astype(shards[0].dtype)]), N)
 
-    def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> Any:
+    def pack_fp4(self, shards: Sequence[Fp4Matrix], *, weights_only: bool = False) -> Any:
         N, K = _size(shards)
-        return self._repeated(super().pack_fp4([_quantized(K, shards[0].format, shards[0].block)]), N)
+        rows = [_quantized(K, shards[0].format, shards[0].block)]
+        return self._repeated(super().pack_fp4(rows, weights_only=weights_only), N)
 
     def pack_fp8(self, shards: Sequence[Fp8Matrix]) -> Any:
         N, K = _size(shards)

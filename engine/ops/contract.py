@@ -194,8 +194,11 @@ class Ops(Protocol):
         InvalidArgument (a grade the format does not have) and NumericalError (NaN, infinity).
         """
 
-    def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> PackedFp4:
-        """Lay [N_i, K] shards (one format, K and block) out for `fp4_linear`; each row keeps its own g."""
+    def pack_fp4(self, shards: Sequence[Fp4Matrix], *, weights_only: bool = False) -> PackedFp4:
+        """Lay [N_i, K] shards (one format, K and block) out for `fp4_linear`, or, weights_only, for `w4a16_linear`.
+
+        Each row keeps its own g. Backends may have one layout for both.
+        """
 
     def fp4_linear(
         self,

@@ -306,7 +306,7 @@ class ReferenceOps:
     def quantize_weight(self, w: Array, *, format: Format, block: int, grade: grades.Grade) -> Fp4Matrix:
         return grades.quantize(w, fmt=blocks.block_format(format, block), grade=grade)
 
-    def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> ReferenceFp4Weight:
+    def pack_fp4(self, shards: Sequence[Fp4Matrix], *, weights_only: bool = False) -> ReferenceFp4Weight:
         payload, scale, g = (np.concatenate([getattr(s, name) for s in shards]) for name in ("payload", "scale", "g"))
         return ReferenceFp4Weight(Fp4Matrix(shards[0].format, payload, scale, g))
 

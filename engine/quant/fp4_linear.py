@@ -55,7 +55,8 @@ class Fp4Linear:
         stored = [shard for shard in shards if isinstance(shard, Fp4Matrix)]
         plain = [shard for shard in shards if isinstance(shard, np.ndarray)]
         assert len(shards) in (len(stored), len(plain)), "shards are stored alike, FP8 ones have methods of their own"
-        return self._ops.pack_fp4(_alike(stored or self._quantized(plain)))
+        weights_only = self._rule.paths == "weights only"
+        return self._ops.pack_fp4(_alike(stored or self._quantized(plain)), weights_only=weights_only)
 
     def _quantized(self, shards: Sequence[Array]) -> list[Fp4Matrix]:
         rule = self._rule

@@ -145,7 +145,7 @@ class CpuOps:
     def quantize_weight(self, w: Array, *, format: Format, block: int, grade: Grade) -> Fp4Matrix:
         return Fp4Matrix(format, *self._native.quantize_weight(w, format, block, grade))
 
-    def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> PackedFp4:
+    def pack_fp4(self, shards: Sequence[Fp4Matrix], *, weights_only: bool = False) -> PackedFp4:
         return self._native.pack_fp4(shards)
 
     def fp4_linear(

@@ -24,7 +24,7 @@ from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array, Norm
 from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
-from engine.ops.gpu import launch_attention, launch_linear, launch_rows, weight_layout
+from engine.ops.gpu import launch_attention, launch_linear, launch_linear_sm120, launch_rows, weight_layout
 from engine.ops.gpu.device import Device
 from engine.ops.gpu.launch import Launch
 from engine.ops.gpu.launch_attention import AttentionShape
@@ -132,7 +132,9 @@ class GpuOps:
         self.device = device
         self.deterministic = deterministic
         self._record = record
-        self.kernel_path = device.name + (", deterministic" if deterministic else "")
+        self._fp4_instructions = device.arch in launch_linear_sm120.ARCHITECTURES
+        fp4 = ", FP4 instructions" if self._fp4_instructions else ""
+        self.kernel_path = device.name + fp4 + (", deterministic" if deterministic else "")
         self._host = ReferenceOps()  # for what happens once, before weights are uploaded
         self._split_products = Workspace(device.empty((1,), _F32), device.zeros((1,), _U32))
         self._scratch = Scratch(device)
@@ -314,8 +316,10 @@ class GpuOps:
         plan = launch_linear.plan_16_bit_decode(weight.N, weight.K, len(x))
         return self._into(out, launch_linear.decode(x, weight.w, Output(out, bias, residual), self._workspace(plan)))
 
-    def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> Fp4Units:
-        return weight_layout.pack_fp4(shards).on(self.device.upload)
+    def pack_fp4(self, shards: Sequence[Fp4Matrix], *, weights_only: bool = False) -> Fp4Units:
+        """Codes stay as they are where FP4 instructions multiply them, else lie as dequantising wants them."""
+        placed = weights_only or not self._fp4_instructions or shards[0].format == "hif4"
+        return weight_layout.pack_fp4(shards, placed=placed).on(self.device.upload)
 
     def fp4_linear(
         self,
@@ -326,9 +330,12 @@ class GpuOps:
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
     ) -> Array:
+        output = Output(out, bias, residual)
+        if not weight.placed:
+            cut = launch_linear_sm120.plan(len(out), weight, launch_linear_sm120.path_of(operand))
+            return self._into(out, launch_linear_sm120.linear(operand, weight, output, self._workspace(cut), cut))
         plan = launch_linear.plan_fp4_decode(weight, len(out), "fp4", paths=2 if operand.two_paths else 1)
-        output, workspace = Output(out, bias, residual), self._workspace(plan)
-        return self._into(out, launch_linear.fp4_decode(operand, weight, output, workspace))
+        return self._into(out, launch_linear.fp4_decode(operand, weight, output, self._workspace(plan)))
 
     def w4a16_linear(
         self,
@@ -372,7 +379,7 @@ class GpuOps:
         output, workspace = Output(out, bias, residual), self._workspace(plan)
         return self._into(out, launch_linear.w8a16_decode(x, weight, output, workspace))
 
-    def _workspace(self, plan: DecodePlan) -> Workspace:
+    def _workspace(self, plan: DecodePlan | launch_linear_sm120.Plan) -> Workspace:
         """Scratch for one product: launches share it one after the other."""
         if plan.partials > self._split_products.partials.size:
             self._split_products = replace(self._split_products, partials=self.device.empty((2 * plan.partials,), _F32))
