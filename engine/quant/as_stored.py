@@ -46,3 +46,18 @@ class AsStored:
         residual: Array | None = None,
     ) -> Array:
         return self._ops.linear(operand, weight, out=out, bias=bias, residual=residual)
+
+
+class PlainActivations:
+    """What methods that quantise weights alone share: operands, norm and SwiGLU are those of `_full`."""
+
+    _full: AsStored
+
+    def prepare(self, x: Array) -> Array:
+        return self._full.prepare(x)
+
+    def prepare_norm(self, x: Array, weight: NDArray[np.float32], eps: float) -> Array:
+        return self._full.prepare_norm(x, weight, eps)
+
+    def prepare_silu_mul(self, gate_up: Array) -> Array:
+        return self._full.prepare_silu_mul(gate_up)

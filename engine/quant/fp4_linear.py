@@ -23,7 +23,7 @@ from engine.fp4_types import Format, Fp4Matrix
 from engine.ops.contract import Array, Ops
 from engine.ops.fp4.split import ScaleRule, paths
 from engine.quant import fp4
-from engine.quant.as_stored import AsStored
+from engine.quant.as_stored import AsStored, PlainActivations
 from engine.quant.grades import quantize_shards
 from engine.quant.groups import per_16
 from engine.quant.method import Weight
@@ -85,21 +85,12 @@ class Fp4Linear:
         return self._ops.fp4_linear(operand, weight, out=out, bias=bias, residual=residual)
 
 
-class WeightsOnly(Fp4Linear):
-    """Activations as they are, norm and SwiGLU as without quantisation, which is `full`."""
+class WeightsOnly(PlainActivations, Fp4Linear):
+    """Activations as they are."""
 
     def __init__(self, name: str, rule: Fp4Rule, quant: QuantConfig, ops: Ops, full: AsStored) -> None:
-        super().__init__(name, rule, quant, ops)
+        Fp4Linear.__init__(self, name, rule, quant, ops)
         self._full = full
-
-    def prepare(self, x: Array) -> Array:
-        return self._full.prepare(x)
-
-    def prepare_norm(self, x: Array, weight: F32, eps: float) -> Array:
-        return self._full.prepare_norm(x, weight, eps)
-
-    def prepare_silu_mul(self, gate_up: Array) -> Array:
-        return self._full.prepare_silu_mul(gate_up)
 
     def matmul(
         self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array, Ops
 from engine.quant import fp8
-from engine.quant.as_stored import AsStored
+from engine.quant.as_stored import AsStored, PlainActivations
 from engine.quant.method import Weight
 
 F32 = NDArray[np.float32]
@@ -47,21 +47,12 @@ class Fp8Linear:
         return self._ops.fp8_linear(operand, weight, out=out, bias=bias, residual=residual)
 
 
-class Fp8WeightsOnly(Fp8Linear):
-    """Activations as they are, norm and SwiGLU as without quantisation, which is `full`."""
+class Fp8WeightsOnly(PlainActivations, Fp8Linear):
+    """Activations as they are."""
 
     def __init__(self, ops: Ops, full: AsStored) -> None:
-        super().__init__(ops)
+        Fp8Linear.__init__(self, ops)
         self._full = full
-
-    def prepare(self, x: Array) -> Array:
-        return self._full.prepare(x)
-
-    def prepare_norm(self, x: Array, weight: F32, eps: float) -> Array:
-        return self._full.prepare_norm(x, weight, eps)
-
-    def prepare_silu_mul(self, gate_up: Array) -> Array:
-        return self._full.prepare_silu_mul(gate_up)
 
     def matmul(
         self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
