@@ -4,7 +4,7 @@ Parameters go to the device once, when they are packed; a step's batch once, whe
 `to_host` is asked for, or the tokens that `engine.ops.gpu.steps` chose. Kernels meet NaN and infinity where Python does
 not look: they raise a flag, which is read with the result, so that a step has one point at which host and device meet.
 
-Activations are bf16 or f16 (the attention kernels have no fp32 form); logits are float32. `sharq_compat` is not done
+Activations are bf16 or f16 (the products have no fp32 form); logits are float32. `sharq_compat` is not done
 here: it is for comparing with the paper and multiplies in NumPy.
 """
 
@@ -173,7 +173,7 @@ class GpuOps:
     def new_kv_cache(
         self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
     ) -> GpuKVCache:
-        """Raises InvalidArgument for a dtype of activations that the attention kernels do not have."""
+        """Raises InvalidArgument for a dtype of activations that not all kernels have."""
         if launch_rows.type_name(np.dtype(dtype)) not in _ACTIVATIONS:
             raise InvalidArgument(f"activations on the GPU are bfloat16 or float16, not {np.dtype(dtype)}")
         shape = (num_layers, num_blocks + 1, num_kv_heads, self.kv_block_size, head_dim)
