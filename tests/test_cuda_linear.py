@@ -95,7 +95,7 @@ def run_w4a16(x, matrix, *, out_dtype=None, bias=None, residual=None, dev=None, 
     out = dev.empty((len(x), matrix.rows), np.dtype(out_dtype or F32))
     plan = launch_linear.plan_fp4_decode(weight, len(x), type_name(x.dtype), sms=sms)
     output = Output(out, bias, residual)
-    dev.launch(launch_linear.w4a16_decode(x, weight, output, workspace(plan, dev), sms))
+    dev.launch(launch_linear.w4a16_decode(x, weight, output, workspace(plan, dev), plan))
     return out
 
 
@@ -107,7 +107,7 @@ def run_fp4(operand, matrix, *, out_dtype=None, bias=None, residual=None, dev=No
     paths = 1 if isinstance(operand, Fp4Matrix) else 2
     plan = launch_linear.plan_fp4_decode(weight, T, "fp4", paths=paths, sms=sms)
     work = workspace(plan, dev)
-    launch = launch_linear.fp4_decode(device_operand(operand, dev), weight, Output(out, bias, residual), work, sms)
+    launch = launch_linear.fp4_decode(device_operand(operand, dev), weight, Output(out, bias, residual), work, plan)
     dev.launch(launch)
     assert not work.arrivals.any()
     return out
@@ -201,7 +201,7 @@ def run_fp8(x, matrix, *, out_dtype=F32, dev=None, sms=132):
     out = dev.empty((M, matrix.rows), np.dtype(out_dtype))
     plan = launch_linear.plan_fp8_decode(weight, M, "fp8" if is_operand else type_name(x.dtype), sms=sms)
     function = launch_linear.fp8_decode if is_operand else launch_linear.w8a16_decode
-    dev.launch(function(x, weight, Output(out), workspace(plan, dev), sms))
+    dev.launch(function(x, weight, Output(out), workspace(plan, dev), plan))
     return out
 
 
@@ -233,7 +233,7 @@ def run_16_bit(x, w, *, out_dtype=F32, bias=None, residual=None, dev=None, sms=1
     out = dev.empty((len(x), len(w)), np.dtype(out_dtype))
     plan = launch_linear.plan_16_bit_decode(*w.shape, len(x), sms=sms)
     output = Output(out, bias, residual)
-    dev.launch(launch_linear.decode(dev.upload(x), dev.upload(w), output, workspace(plan, dev), sms))
+    dev.launch(launch_linear.decode(dev.upload(x), dev.upload(w), output, workspace(plan, dev), plan))
     return out
 
 

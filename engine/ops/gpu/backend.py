@@ -314,7 +314,9 @@ class GpuOps:
         residual: Array | None = None,
     ) -> Array:
         plan = launch_linear.plan_16_bit_decode(weight.N, weight.K, len(x))
-        return self._into(out, launch_linear.decode(x, weight.w, Output(out, bias, residual), self._workspace(plan)))
+        return self._into(
+            out, launch_linear.decode(x, weight.w, Output(out, bias, residual), self._workspace(plan), plan)
+        )
 
     def pack_fp4(self, shards: Sequence[Fp4Matrix], *, weights_only: bool = False) -> Fp4Units:
         """Codes stay as they are where FP4 instructions multiply them, else lie as dequantising wants them."""
@@ -335,7 +337,7 @@ class GpuOps:
             cut = launch_linear_sm120.plan(len(out), weight, launch_linear_sm120.path_of(operand))
             return self._into(out, launch_linear_sm120.linear(operand, weight, output, self._workspace(cut), cut))
         plan = launch_linear.plan_fp4_decode(weight, len(out), "fp4", paths=2 if operand.two_paths else 1)
-        return self._into(out, launch_linear.fp4_decode(operand, weight, output, self._workspace(plan)))
+        return self._into(out, launch_linear.fp4_decode(operand, weight, output, self._workspace(plan), plan))
 
     def w4a16_linear(
         self,
@@ -348,7 +350,7 @@ class GpuOps:
     ) -> Array:
         plan = launch_linear.plan_fp4_decode(weight, len(out), launch_rows.type_name(x.dtype))
         output, workspace = Output(out, bias, residual), self._workspace(plan)
-        return self._into(out, launch_linear.w4a16_decode(x, weight, output, workspace))
+        return self._into(out, launch_linear.w4a16_decode(x, weight, output, workspace, plan))
 
     def pack_fp8(self, shards: Sequence[Fp8Matrix]) -> Fp8Units:
         return weight_layout.pack_fp8(shards).on(self.device.upload)
@@ -364,7 +366,7 @@ class GpuOps:
     ) -> Array:
         plan = launch_linear.plan_fp8_decode(weight, len(out), "fp8")
         output, workspace = Output(out, bias, residual), self._workspace(plan)
-        return self._into(out, launch_linear.fp8_decode(operand, weight, output, workspace))
+        return self._into(out, launch_linear.fp8_decode(operand, weight, output, workspace, plan))
 
     def w8a16_linear(
         self,
@@ -377,7 +379,7 @@ class GpuOps:
     ) -> Array:
         plan = launch_linear.plan_fp8_decode(weight, len(out), launch_rows.type_name(x.dtype))
         output, workspace = Output(out, bias, residual), self._workspace(plan)
-        return self._into(out, launch_linear.w8a16_decode(x, weight, output, workspace))
+        return self._into(out, launch_linear.w8a16_decode(x, weight, output, workspace, plan))
 
     def _workspace(self, plan: DecodePlan | launch_linear_sm120.Plan) -> Workspace:
         """Scratch for one product: launches share it one after the other."""

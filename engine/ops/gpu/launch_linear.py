@@ -147,19 +147,18 @@ def plan_fp4_decode(
     )  # fmt: skip
 
 
-def w4a16_decode(x: Any, weight: Fp4Units, output: Output, workspace: Workspace, sms: int = H200_SMS) -> Launch:
-    """x [M, K] bfloat16 or float16."""
+def w4a16_decode(x: Any, weight: Fp4Units, output: Output, workspace: Workspace, plan: DecodePlan) -> Launch:
+    """x [M, K] bfloat16 or float16; plan: of the same weight, M and input."""
     input_type = type_name(x.dtype)
-    plan = plan_fp4_decode(weight, len(x), input_type, sms=sms)
     kernel = f"linear_decode_{fp4_name(weight)}_{input_type}_t{plan.tiles}"
     args = [x, row_stride(x), weight.units, weight.g, *_decode_arguments(plan, output, workspace, weight.K)]
     return _decode_launch(f"linear_{fp4_name(weight)}.cu", kernel, plan, args)
 
 
-def fp4_decode(operand: Any, weight: Fp4Units, output: Output, workspace: Workspace, sms: int = H200_SMS) -> Launch:
-    """operand: device arrays named as in `SharqOperand` or `Fp4Matrix`, rows of `padded(K)` codes."""
+def fp4_decode(operand: Any, weight: Fp4Units, output: Output, workspace: Workspace, plan: DecodePlan) -> Launch:
+    """operand: device arrays named as in `SharqOperand` or `Fp4Matrix`, rows of `padded(K)` codes; plan: of the same
+    weight, M and paths."""
     two_paths = hasattr(operand, "residual")
-    plan = plan_fp4_decode(weight, len(operand.g), "fp4", paths=2 if two_paths else 1, sms=sms)
     if two_paths:
         K = 2 * operand.residual.shape[1]
         backbone_block, block = K // operand.backbone_scale.shape[1], K // operand.residual_scale.shape[1]
@@ -183,18 +182,16 @@ def plan_fp8_decode(weight: Fp8Units, M: int, input_type: str, *, sms: int = H20
     )  # fmt: skip
 
 
-def fp8_decode(operand: Any, weight: Fp8Units, output: Output, workspace: Workspace, sms: int = H200_SMS) -> Launch:
-    """operand: device arrays `codes` uint8 [M, padded(K)] and `scale` float32 [M]."""
-    plan = plan_fp8_decode(weight, len(operand.scale), "fp8", sms=sms)
+def fp8_decode(operand: Any, weight: Fp8Units, output: Output, workspace: Workspace, plan: DecodePlan) -> Launch:
+    """operand: device arrays `codes` uint8 [M, padded(K)] and `scale` float32 [M]; plan: of the same weight and M."""
     args = [operand.codes, operand.scale, *_fp8_arguments(weight)]
     args += _decode_arguments(plan, output, workspace, operand.codes.shape[1])
     return _decode_launch("linear_fp8.cu", f"linear_decode_fp8_fp8_t{plan.tiles}", plan, args)
 
 
-def w8a16_decode(x: Any, weight: Fp8Units, output: Output, workspace: Workspace, sms: int = H200_SMS) -> Launch:
-    """x [M, K] bfloat16 or float16."""
+def w8a16_decode(x: Any, weight: Fp8Units, output: Output, workspace: Workspace, plan: DecodePlan) -> Launch:
+    """x [M, K] bfloat16 or float16; plan: of the same weight, M and input."""
     input_type = type_name(x.dtype)
-    plan = plan_fp8_decode(weight, len(x), input_type, sms=sms)
     args = [x, row_stride(x), *_fp8_arguments(weight), *_decode_arguments(plan, output, workspace, weight.K)]
     return _decode_launch("linear_fp8.cu", f"linear_decode_fp8_{input_type}_t{plan.tiles}", plan, args)
 
@@ -203,12 +200,11 @@ def plan_16_bit_decode(N: int, K: int, M: int, *, sms: int = H200_SMS) -> Decode
     return plan_decode(M, N, K, unit_k=64, unit_bytes=2048, padding=64, sms=sms)
 
 
-def decode(x: Any, w: Any, output: Output, workspace: Workspace, sms: int = H200_SMS) -> Launch:
+def decode(x: Any, w: Any, output: Output, workspace: Workspace, plan: DecodePlan) -> Launch:
     """x [M, K] and w [N, K] of one type, bfloat16 or float16, w contiguous. Raises InvalidArgument (K, types)."""
     N, K = w.shape
     if K % 8 or x.dtype != w.dtype:
         raise InvalidArgument(f"x and w must have one type and K a multiple of 8; got {x.dtype}, {w.dtype} and K = {K}")
-    plan = plan_16_bit_decode(N, K, len(x), sms=sms)
     args = [x, row_stride(x), w, *_decode_arguments(plan, output, workspace, K)]
     return _decode_launch("linear_bf16.cu", f"linear_decode_{type_name(x.dtype)}_t{plan.tiles}", plan, args)
 
