@@ -446,6 +446,9 @@ def test_no_compiler_and_no_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(DeviceError, match="no C\\+\\+ compiler"):
         EmulatedModule.compile(write(tmp_path))
+    with pytest.raises(DeviceError, match=r"of CUDA 9\.0, the compiler's, or older in .*\(of CUDA 1\d\.\d\)"):
+        sources.cuda_include_directories(newest=(9, 0))
+    assert sources.cuda_include_directories(newest=(99, 0)) == sources.cuda_include_directories()
     monkeypatch.setattr(sources, "HEADER_WHEELS", ("no-such-wheel",))
     monkeypatch.setattr(sources, "HEADERS", ("no_such_header.h",))
     with pytest.raises(DeviceError, match="pip install no-such-wheel"):

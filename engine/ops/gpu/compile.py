@@ -72,7 +72,7 @@ def nvrtc_version() -> tuple[int, int]:
 def compile_source(path: Path, options: Sequence[str]) -> bytes:
     """The cubin. Raises DeviceError with NVRTC's log."""
     nvrtc = _nvrtc()
-    folders = (path.parent, sources.cuda_directory(), *sources.cuda_include_directories())
+    folders = (path.parent, sources.cuda_directory(), *sources.cuda_include_directories(nvrtc_version()))
     includes = [f"-I{folder}" for folder in folders]
     program = nvrtc.createProgram(path.read_text(), path.name, (), ())
     try:

@@ -18,6 +18,16 @@ from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule, Schedule
 from engine.ops.gpu.host_build import Architecture
 from engine.ops.gpu.launch import Launch
 
+# Multiprocessors of the GPU that stands for an emulated architecture.
+REPRESENTATIVE_SMS = {
+    "sm_80": 108,  # A100
+    "sm_86": 84,  # A40
+    "sm_89": 142,  # L40S
+    "sm_90": 132,  # H100, H200
+    "sm_120": 170,  # RTX 5090
+    "sm_121": 48,  # GB10
+}
+
 
 class Recording(Protocol):
     """Work that a device can do again. It keeps all memory that its kernels read and write."""
@@ -29,6 +39,7 @@ class Recording(Protocol):
 class Device(Protocol):
     name: str  # for the user: "emulated sm_90", "NVIDIA H200"
     arch: str  # "sm_80" … "sm_90a", "sm_120a"
+    sms: int  # multiprocessors: what plans share work out among; never changes a result
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Uninitialised memory. Raises CapacityError where there is not enough."""
@@ -74,13 +85,16 @@ class EmulatedRecording:
 class EmulatedDevice:
     """Kernels on the CPU, compiled for `arch` as far as the preprocessor goes; arrays are NumPy's.
 
-    checked: the build that reports data races and accesses out of bounds. Raises DeviceError where kernels cannot be
-    compiled, KernelFault where one does wrong.
+    checked: the build that reports data races and accesses out of bounds. sms: None for those of the GPU that `arch`
+    stands for. Raises DeviceError where kernels cannot be compiled, KernelFault where one does wrong.
     """
 
-    def __init__(self, arch: str = "sm_90", *, checked: bool = False, schedule: Schedule = SCHEDULES[0]) -> None:
+    def __init__(
+        self, arch: str = "sm_90", *, checked: bool = False, schedule: Schedule = SCHEDULES[0], sms: int | None = None
+    ) -> None:
         Architecture.parse(arch)  # refused now, not at the first launch
         self.arch = arch
+        self.sms = sms or REPRESENTATIVE_SMS[arch.removesuffix("a")]
         self.name = f"emulated {arch}"
         self._checked = checked
         self._schedule = schedule

@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import engine
@@ -19,6 +19,7 @@ from engine.errors import DeviceError
 
 HEADER_WHEELS = ("nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-cuda-cccl")
 HEADERS = (
+    "cuda_runtime_api.h",
     "cuda_bf16.h",
     "cuda_fp16.h",
     "cuda_fp8.h",
@@ -27,6 +28,7 @@ HEADERS = (
     "crt/host_defines.h",
     "nv/target",
 )
+_RELEASE = re.compile(r"#define CUDART_VERSION +(\d+)")
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 
 
@@ -40,20 +42,31 @@ def cuda_directory() -> Path:
     raise DeviceError(f"no CUDA sources (neither {' nor '.join(map(str, candidates))}); install sharq-engine anew")
 
 
-def cuda_include_directories() -> tuple[Path, ...]:
+def cuda_include_directories(newest: tuple[int, int] | None = None) -> tuple[Path, ...]:
     """Folders to give a compiler with -I so that it finds CUDA's headers.
 
     The first of these that holds them all: the NVIDIA wheels, $CUDA_HOME, $CUDA_PATH, the toolkit of the nvcc on PATH,
-    /usr/local/cuda. Raises DeviceError, naming what was tried, if none does.
+    /usr/local/cuda. newest: the release (major, minor) of a compiler for GPUs, which does not know all that newer
+    headers call. Raises DeviceError, naming what was tried, if none does.
     """
     tried: list[str] = []
     for name, folders in _include_candidates():
-        if all(any((folder / header).is_file() for folder in folders) for header in HEADERS):
+        if not all(any((folder / header).is_file() for folder in folders) for header in HEADERS):
+            tried.append(f"{name} (not all of them)")
+        elif newest is not None and (release := _release(folders)) > newest:
+            tried.append(f"{name} (of CUDA {release[0]}.{release[1]})")
+        else:
             return tuple(folder for folder in folders if folder.is_dir())
-        tried.append(name)
-    raise DeviceError(
-        f"no CUDA headers found ({', '.join(tried)} do not have them all); pip install {' '.join(HEADER_WHEELS)}"
-    )
+    version = "" if newest is None else f" of CUDA {newest[0]}.{newest[1]}, the compiler's, or older"
+    raise DeviceError(f"no CUDA headers{version} in {', '.join(tried)}; pip install {' '.join(HEADER_WHEELS)}")
+
+
+def _release(folders: Iterable[Path]) -> tuple[int, int]:
+    """(major, minor) of the CUDA whose headers are in these folders."""
+    text = next(_read(path) for folder in folders if (path := folder / "cuda_runtime_api.h").is_file())
+    found = _RELEASE.search(text)
+    number = int(found[1]) if found else 0
+    return number // 1000, number % 1000 // 10
 
 
 def _include_candidates() -> Iterator[tuple[str, tuple[Path, ...]]]:
