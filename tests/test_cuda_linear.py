@@ -62,7 +62,8 @@ def dequantized(m):
 
 
 def workspace(plan, dev):
-    return Workspace(dev.empty((max(1, plan.partials),), F32), dev.zeros((max(1, plan.arrivals),), np.dtype(np.uint32)))
+    cut = plan.cut
+    return Workspace(dev.empty((max(1, cut.partials),), F32), dev.zeros((max(1, cut.arrivals),), np.dtype(np.uint32)))
 
 
 def device_operand(operand, dev):

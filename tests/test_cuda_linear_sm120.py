@@ -86,9 +86,9 @@ def run(case, operand, matrix, *, tokens=None, splits=None, out=None, bias=None,
     dev = dev or device()
     weight = weight_layout.pack_fp4([matrix], placed=False).on(dev.upload)
     M = len(operand.g)
-    plan = sm120.plan(M, weight, case.path, tokens=tokens, splits=splits)
-    arrivals = dev.zeros((max(1, plan.arrivals),), np.dtype(np.uint32))
-    work = Workspace(dev.empty((max(1, plan.partials),), F32), arrivals)
+    plan = sm120.plan(M, weight, case.path, sms=dev.sms, tokens=tokens, splits=splits)
+    arrivals = dev.zeros((max(1, plan.cut.arrivals),), np.dtype(np.uint32))
+    work = Workspace(dev.empty((max(1, plan.cut.partials),), F32), arrivals)
     out = dev.empty((M, matrix.rows), F32) if out is None else out
     dev.launch(sm120.linear(device_operand(operand, dev), weight, Output(out, bias, residual), work, plan, case.path))
     assert not arrivals.any()
@@ -348,16 +348,16 @@ def units(format, block, *, placed=False, N=16, K=128):
 
 def test_refusals():
     with pytest.raises(InvalidArgument, match="no block-scaled instruction multiplies hif4"):
-        sm120.plan(1, units("hif4", 64), "dense")
+        sm120.plan(1, units("hif4", 64), "dense", sms=1)
     with pytest.raises(InvalidArgument, match="nvfp4 weights with a scale per 32 k, not nvfp4x16"):
-        sm120.plan(1, units("nvfp4", 16), "sparse")
+        sm120.plan(1, units("nvfp4", 16), "sparse", sms=1)
     with pytest.raises(InvalidArgument, match="placed=False"):
-        sm120.plan(1, units("nvfp4", 32, placed=True), "sharq")
+        sm120.plan(1, units("nvfp4", 32, placed=True), "sharq", sms=1)
     weight = units("nvfp4", 32)
     operand = operand_of(CASES[7], np.random.default_rng(0), 1, 128)
     output, work = Output(np.empty((1, 16), F32)), Workspace(None, None)
     with pytest.raises(InvalidArgument, match="activations in mxfp4 cannot be multiplied with a weight in nvfp4"):
-        sm120.linear(operand, weight, output, work, sm120.plan(1, weight, "sharq"))
+        sm120.linear(operand, weight, output, work, sm120.plan(1, weight, "sharq", sms=1))
 
 
 def test_plans_fit_the_machine():
@@ -366,14 +366,14 @@ def test_plans_fit_the_machine():
         for M, N, K in ((1, 4096, 4096), (17, 37888, 3584), (4096, 3584, 18944)):
             weight = units(case.format, case.block)
             weight = weight_layout.Fp4Units(weight.format, weight.block, False, N, K, weight.units, weight.g)
-            plan = sm120.plan(M, weight, case.path)
+            plan = sm120.plan(M, weight, case.path, sms=170)
             assert plan.shared + 128 <= 99 * 1024
             assert plan.shape.blocks * (plan.shared + 128 + 1024) <= 100 * 1024
             x, y, z = plan.grid
             assert (x - 1) * plan.shape.tokens < M <= x * plan.shape.tokens
             assert (z - 1) * plan.shape.rows < N <= z * plan.shape.rows
-            assert (y - 1) * plan.slices_per_block < plan.slices <= y * plan.slices_per_block
-            assert (plan.partials == 0) == (y == 1)
+            assert (y - 1) * plan.cut.slices_per_block < plan.cut.slices <= y * plan.cut.slices_per_block
+            assert (plan.cut.partials == 0) == (y == 1)
 
 
 # ---- compiled code ---------------------------------------------------------------------------------------------------

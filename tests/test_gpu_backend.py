@@ -6,6 +6,7 @@ whole model a difference in the last bit of bf16 flips codes and cascades: there
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from engine import LLM, SamplingParams
 from engine.errors import DeviceError, InvalidArgument, NumericalError
 from engine.ops.backends import select_backend
 from engine.ops.contract import Ops
+from engine.ops.gpu.backend import GpuOps
+from engine.ops.gpu.device import EmulatedDevice
 from engine.ops.gpu.emulator import EmulatedModule
+from engine.ops.gpu.launch import Launch
 from engine.ops.reference import ReferenceOps
-from engine.quant import fp4
+from engine.quant import fp4, fp8
 from engine.quant.registry import FP4_METHODS
 
 try:
@@ -84,6 +88,48 @@ def test_a_layer_in_fp4(gpu: Ops, name: str, before: str) -> None:
         for ops, operand in zip((REFERENCE, gpu), operands, strict=True)
     ]
     assert np.abs(results[1] - results[0]).max() <= 1e-5 * np.abs(results[0]).max()
+
+
+def products(ops: Ops, T: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Every product of T tokens and a weight of 264 rows, K = 704 in three slices."""
+    N, K = 264, 704
+    x, w = ops.constant(random(T, K, 7)), random(N, K, 8)
+    out = ops.empty((T, N), np.dtype(np.float32))
+    yield "bf16", ops.to_host(ops.linear(x, ops.pack_weight([w]), out=out))
+    codes = ops.pack_fp8([fp8.quantize_weight(w)])
+    yield "w8a16", ops.to_host(ops.w8a16_linear(x, codes, out=out))
+    yield "fp8", ops.to_host(ops.fp8_linear(ops.prepare_fp8(x), codes, out=out))
+    for name, rule in FP4_METHODS.items():
+        matrix = fp4.quantize_weight(w, format=rule.format, block=rule.block)
+        weight = ops.pack_fp4([matrix], weights_only=rule.paths == "weights only")
+        if rule.paths == "weights only":
+            yield name, ops.to_host(ops.w4a16_linear(x, weight, out=out))
+            continue
+        if rule.paths == "one":
+            operand = ops.prepare_fp4(x, format=rule.format)
+        else:
+            operand = ops.prepare_sharq(x, format=rule.format, sparse=rule.paths == "sparse and dense")
+        yield name, ops.to_host(ops.fp4_linear(operand, weight, out=out))
+
+
+class WatchedDevice(EmulatedDevice):
+    """Keeps the grids of what is launched."""
+
+    def __init__(self, arch: str, sms: int) -> None:
+        super().__init__(arch, sms=sms)
+        self.grids: list[tuple[int, int, int]] = []
+
+    def launch(self, launch: Launch) -> None:
+        self.grids.append(launch.grid)
+        super().launch(launch)
+
+
+@pytest.mark.parametrize(("arch", "T"), [("sm_80", 3), ("sm_80", 70), ("sm_90a", 70), ("sm_120a", 3)])
+def test_results_do_not_depend_on_how_many_multiprocessors_share_the_work(arch: str, T: int) -> None:
+    one, many = WatchedDevice(arch, 1), WatchedDevice(arch, 500)
+    for (name, result), (_, other) in zip(products(GpuOps(one), T), products(GpuOps(many), T), strict=True):
+        np.testing.assert_array_equal(result, other, name)
+    assert one.grids != many.grids, "the work was meant to be shared differently"
 
 
 def test_nan_in_an_input_is_told_with_the_result(gpu: Ops) -> None:

@@ -28,7 +28,7 @@ from engine.ops.gpu import launch_attention, launch_linear, launch_linear_sm120,
 from engine.ops.gpu.device import Device
 from engine.ops.gpu.launch import Launch
 from engine.ops.gpu.launch_attention import AttentionShape
-from engine.ops.gpu.launch_linear import OUTPUT_TYPES, DecodePlan, Output, Workspace
+from engine.ops.gpu.launch_linear import OUTPUT_TYPES, KCut, Output, Workspace
 from engine.ops.gpu.launch_rows import Rows
 from engine.ops.gpu.staging import Scratch, StagedBatch
 from engine.ops.gpu.steps import GpuSteps, StepReport
@@ -313,9 +313,9 @@ class GpuOps:
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
     ) -> Array:
-        plan = launch_linear.plan_16_bit_decode(weight.N, weight.K, len(x))
+        plan = launch_linear.plan_16_bit_decode(weight.N, weight.K, len(x), sms=self.device.sms)
         return self._into(
-            out, launch_linear.decode(x, weight.w, Output(out, bias, residual), self._workspace(plan), plan)
+            out, launch_linear.decode(x, weight.w, Output(out, bias, residual), self._workspace(plan.cut), plan)
         )
 
     def pack_fp4(self, shards: Sequence[Fp4Matrix], *, weights_only: bool = False) -> Fp4Units:
@@ -334,10 +334,13 @@ class GpuOps:
     ) -> Array:
         output = Output(out, bias, residual)
         if not weight.placed:
-            cut = launch_linear_sm120.plan(len(out), weight, launch_linear_sm120.path_of(operand))
-            return self._into(out, launch_linear_sm120.linear(operand, weight, output, self._workspace(cut), cut))
-        plan = launch_linear.plan_fp4_decode(weight, len(out), "fp4", paths=2 if operand.two_paths else 1)
-        return self._into(out, launch_linear.fp4_decode(operand, weight, output, self._workspace(plan), plan))
+            path = launch_linear_sm120.path_of(operand)
+            chosen = launch_linear_sm120.plan(len(out), weight, path, sms=self.device.sms)
+            workspace = self._workspace(chosen.cut)
+            return self._into(out, launch_linear_sm120.linear(operand, weight, output, workspace, chosen))
+        paths = 2 if operand.two_paths else 1
+        plan = launch_linear.plan_fp4_decode(weight, len(out), "fp4", sms=self.device.sms, paths=paths)
+        return self._into(out, launch_linear.fp4_decode(operand, weight, output, self._workspace(plan.cut), plan))
 
     def w4a16_linear(
         self,
@@ -348,8 +351,8 @@ class GpuOps:
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
     ) -> Array:
-        plan = launch_linear.plan_fp4_decode(weight, len(out), launch_rows.type_name(x.dtype))
-        output, workspace = Output(out, bias, residual), self._workspace(plan)
+        plan = launch_linear.plan_fp4_decode(weight, len(out), launch_rows.type_name(x.dtype), sms=self.device.sms)
+        output, workspace = Output(out, bias, residual), self._workspace(plan.cut)
         return self._into(out, launch_linear.w4a16_decode(x, weight, output, workspace, plan))
 
     def pack_fp8(self, shards: Sequence[Fp8Matrix]) -> Fp8Units:
@@ -364,8 +367,8 @@ class GpuOps:
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
     ) -> Array:
-        plan = launch_linear.plan_fp8_decode(weight, len(out), "fp8")
-        output, workspace = Output(out, bias, residual), self._workspace(plan)
+        plan = launch_linear.plan_fp8_decode(weight, len(out), "fp8", sms=self.device.sms)
+        output, workspace = Output(out, bias, residual), self._workspace(plan.cut)
         return self._into(out, launch_linear.fp8_decode(operand, weight, output, workspace, plan))
 
     def w8a16_linear(
@@ -377,16 +380,16 @@ class GpuOps:
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
     ) -> Array:
-        plan = launch_linear.plan_fp8_decode(weight, len(out), launch_rows.type_name(x.dtype))
-        output, workspace = Output(out, bias, residual), self._workspace(plan)
+        plan = launch_linear.plan_fp8_decode(weight, len(out), launch_rows.type_name(x.dtype), sms=self.device.sms)
+        output, workspace = Output(out, bias, residual), self._workspace(plan.cut)
         return self._into(out, launch_linear.w8a16_decode(x, weight, output, workspace, plan))
 
-    def _workspace(self, plan: DecodePlan | launch_linear_sm120.Plan) -> Workspace:
+    def _workspace(self, cut: KCut) -> Workspace:
         """Scratch for one product: launches share it one after the other."""
-        if plan.partials > self._split_products.partials.size:
-            self._split_products = replace(self._split_products, partials=self.device.empty((2 * plan.partials,), _F32))
-        if plan.arrivals > self._split_products.arrivals.size:
-            self._split_products = replace(self._split_products, arrivals=self.device.zeros((2 * plan.arrivals,), _U32))
+        if cut.partials > self._split_products.partials.size:
+            self._split_products = replace(self._split_products, partials=self.device.empty((2 * cut.partials,), _F32))
+        if cut.arrivals > self._split_products.arrivals.size:
+            self._split_products = replace(self._split_products, arrivals=self.device.zeros((2 * cut.arrivals,), _U32))
         return self._split_products
 
     # ---- launching ---------------------------------------------------------------------------------------------------

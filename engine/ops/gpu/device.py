@@ -18,15 +18,11 @@ from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule, Schedule
 from engine.ops.gpu.host_build import Architecture
 from engine.ops.gpu.launch import Launch
 
-# Multiprocessors of the GPU that stands for an emulated architecture.
+# Multiprocessors of the GPU that stands for an emulated architecture: of V100, T4, A100, A40, Orin, L40S, H200, B200,
+# B300, RTX 5090 and GB10.
 REPRESENTATIVE_SMS = {
-    "sm_80": 108,  # A100
-    "sm_86": 84,  # A40
-    "sm_89": 142,  # L40S
-    "sm_90": 132,  # H100, H200
-    "sm_120": 170,  # RTX 5090
-    "sm_121": 48,  # GB10
-}
+    70: 80, 75: 40, 80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 103: 160, 120: 170, 121: 48,
+}  # fmt: skip
 
 
 class Recording(Protocol):
@@ -92,9 +88,9 @@ class EmulatedDevice:
     def __init__(
         self, arch: str = "sm_90", *, checked: bool = False, schedule: Schedule = SCHEDULES[0], sms: int | None = None
     ) -> None:
-        Architecture.parse(arch)  # refused now, not at the first launch
+        number = Architecture.parse(arch).number  # refused now, not at the first launch
         self.arch = arch
-        self.sms = sms or REPRESENTATIVE_SMS[arch.removesuffix("a")]
+        self.sms = sms or REPRESENTATIVE_SMS[number]
         self.name = f"emulated {arch}"
         self._checked = checked
         self._schedule = schedule

@@ -26,7 +26,6 @@ COLUMNS = 8  # of an mma
 STAGES = 4  # kStages
 RESULT_PADDING = 8  # kResultPadding
 OUTPUT_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
-H200_SMS = 132
 EXPAND_THREADS = 256
 
 
@@ -53,6 +52,37 @@ def slice_k(K: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class KCut:
+    """How blocks share K, in slices that one block sums each, and the workspace in which the sums meet."""
+
+    slice_k: int
+    slices: int
+    slices_per_block: int
+    partials: int  # floats of workspace; 0 where a block has all slices
+    arrivals: int  # counters, zero before and after
+
+    @property
+    def splits(self) -> int:
+        """Blocks along K."""
+        return -(-self.slices // self.slices_per_block)
+
+
+def cut_k(M: int, N: int, K: int, *, blocks: int, splits: int) -> KCut:
+    """blocks: that share M · N; splits: how many of these K should be shared by, for speed. It changes no bit."""
+    size = slice_k(K)
+    slices = -(-K // size)
+    per_block = -(-slices // max(1, min(splits, slices)))
+    split = per_block < slices
+    return KCut(
+        slice_k=size,
+        slices=slices,
+        slices_per_block=per_block,
+        partials=slices * M * -(-N // TILE_ROWS) * TILE_ROWS if split else 0,
+        arrivals=blocks if split else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class DecodePlan:
     """How cuda/linear_decode.cuh cuts M · N · K."""
 
@@ -60,58 +90,39 @@ class DecodePlan:
     warps: int  # of 16 rows a block
     column_groups: int
     row_blocks: int
-    slices: int
-    slices_per_block: int
-    slice_k: int
+    cut: KCut
     chunk_k: int
     shared: int
-    partials: int  # floats of workspace; 0 where a block has all slices
-    arrivals: int  # counters, zero before and after
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        return (self.column_groups, -(-self.slices // self.slices_per_block), self.row_blocks)
+        return (self.column_groups, self.cut.splits, self.row_blocks)
 
 
 def plan_decode(
-    M: int, N: int, K: int, *, unit_k: int, unit_bytes: int, padding: int, paths: int = 1, scale_group: int = 0,
-    sms: int = H200_SMS,
+    M: int, N: int, K: int, *, sms: int, unit_k: int, unit_bytes: int, padding: int, paths: int = 1,
+    scale_group: int = 0,
 ) -> DecodePlan:  # fmt: skip
-    """The plan for M tokens. unit_k, unit_bytes: of the weight's layout; padding: bytes after a column of factors;
-    scale_group: k per fp32 scale of the input, 0 where it has none; sms: of the device."""
+    """The plan for M tokens. sms: of the device; unit_k, unit_bytes: of the weight's layout; padding: bytes after a
+    column of factors; scale_group: k per fp32 scale of the input, 0 where it has none."""
     tiles = next(tiles for tiles in (1, 2, 4) if M * paths <= COLUMNS * tiles or tiles == 4)
     warps = 4 if tiles == 1 else 8
     group_tokens = COLUMNS * tiles // paths
     groups = -(-M // group_tokens)
     row_blocks = -(-N // (TILE_ROWS * warps))
-    size = slice_k(K)
-    slices = -(-K // size)
-    splits = max(1, min(slices, -(-4 * sms // (row_blocks * groups))))  # four blocks an SM keep it busy
-    per_block = -(-slices // splits)
+    blocks = groups * row_blocks
+    cut = cut_k(M, N, K, blocks=blocks, splits=-(-4 * sms // blocks))  # four blocks an SM keep it busy
 
     columns = min(M, group_tokens) * paths
     budget = (20 if tiles < 4 else 36) * 1024  # bytes of factors, so that two to four blocks fit an SM
-    chunk = size
+    chunk = cut.slice_k
     while chunk > FP4_UNIT_K and columns * (2 * chunk + padding) > budget:
         chunk //= 2
     shared = warps * STAGES * unit_bytes + columns * (2 * chunk + padding)
     shared += 4 * group_tokens * (TILE_ROWS * warps + RESULT_PADDING)
     if scale_group:
         shared += 4 * (chunk // scale_group) * COLUMNS * tiles
-    split = per_block < slices
-    return DecodePlan(
-        tiles=tiles,
-        warps=warps,
-        column_groups=groups,
-        row_blocks=row_blocks,
-        slices=slices,
-        slices_per_block=per_block,
-        slice_k=size,
-        chunk_k=chunk,
-        shared=shared,
-        partials=slices * M * -(-N // TILE_ROWS) * TILE_ROWS if split else 0,
-        arrivals=groups * row_blocks if split else 0,
-    )
+    return DecodePlan(tiles, warps, groups, row_blocks, cut, chunk, shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +138,8 @@ class Output:
 class Workspace:
     """Memory that launches share, one after the other."""
 
-    partials: Any  # float32, at least `DecodePlan.partials`
-    arrivals: Any  # uint32, zero, at least `DecodePlan.arrivals`
+    partials: Any  # float32, at least `KCut.partials`
+    arrivals: Any  # uint32, zero, at least `KCut.arrivals`
 
 
 def fp4_name(weight: Fp4Units) -> str:
@@ -136,9 +147,7 @@ def fp4_name(weight: Fp4Units) -> str:
     return f"nvfp4x{weight.block}" if weight.format == "nvfp4" else weight.format
 
 
-def plan_fp4_decode(
-    weight: Fp4Units, M: int, input_type: str, *, paths: int = 1, sms: int = H200_SMS
-) -> DecodePlan:  # fmt: skip
+def plan_fp4_decode(weight: Fp4Units, M: int, input_type: str, *, sms: int, paths: int = 1) -> DecodePlan:
     """input_type: fp4 (one or two paths), bf16 or f16."""
     scale_group = {"bf16": 128, "f16": 0, "fp4": {"nvfp4": 0, "mxfp4": 32, "hif4": 64}[weight.format]}[input_type]
     return plan_decode(
@@ -174,7 +183,7 @@ def fp4_decode(operand: Any, weight: Fp4Units, output: Output, workspace: Worksp
     )
 
 
-def plan_fp8_decode(weight: Fp8Units, M: int, input_type: str, *, sms: int = H200_SMS) -> DecodePlan:
+def plan_fp8_decode(weight: Fp8Units, M: int, input_type: str, *, sms: int) -> DecodePlan:
     """input_type: fp8, bf16 or f16."""
     return plan_decode(
         M, weight.N, weight.K, unit_k=FP8_UNIT_K, unit_bytes=CODE_BYTES, padding=16,
@@ -196,7 +205,7 @@ def w8a16_decode(x: Any, weight: Fp8Units, output: Output, workspace: Workspace,
     return _decode_launch("linear_fp8.cu", f"linear_decode_fp8_{input_type}_t{plan.tiles}", plan, args)
 
 
-def plan_16_bit_decode(N: int, K: int, M: int, *, sms: int = H200_SMS) -> DecodePlan:
+def plan_16_bit_decode(N: int, K: int, M: int, *, sms: int) -> DecodePlan:
     return plan_decode(M, N, K, unit_k=64, unit_bytes=2048, padding=64, sms=sms)
 
 
@@ -226,7 +235,7 @@ class TilePlan:
 
 
 def plan_tile(
-    M: int, N: int, kind: Kind = "one", *, copied_weight: bool, sms: int = H200_SMS, shared_limit: int = 227 * 1024
+    M: int, N: int, kind: Kind = "one", *, copied_weight: bool, sms: int, shared_limit: int = 227 * 1024
 ) -> TilePlan:
     """Blocks of 128 tokens where that leaves every SM one and shared memory suffices, else of 64.
 
@@ -436,8 +445,8 @@ def _fp8_arguments(weight: Fp8Units) -> list[Any]:
 def _decode_arguments(plan: DecodePlan, output: Output, workspace: Workspace, K: int) -> list[Any]:
     M, N = output.out.shape
     shape = [np.int32(M), np.int32(N), np.int32(K)]
-    cut = [np.int32(plan.slice_k), np.int32(plan.slices_per_block), np.int32(plan.chunk_k)]
-    work = [workspace.partials, workspace.arrivals] if plan.partials else [None, None]
+    cut = [np.int32(plan.cut.slice_k), np.int32(plan.cut.slices_per_block), np.int32(plan.chunk_k)]
+    work = [workspace.partials, workspace.arrivals] if plan.cut.partials else [None, None]
     out_type = np.int32(OUTPUT_TYPES[output.out.dtype])
     return [output.bias, output.residual, output.out, out_type, *shape, *cut, *work]
 

@@ -16,11 +16,10 @@ import numpy as np
 
 from engine.errors import InvalidArgument
 from engine.ops.gpu.launch import Launch
-from engine.ops.gpu.launch_linear import OUTPUT_TYPES, RESULT_PADDING, Output, Workspace, fp4_name, slice_k
+from engine.ops.gpu.launch_linear import OUTPUT_TYPES, RESULT_PADDING, KCut, Output, Workspace, cut_k, fp4_name
 from engine.ops.gpu.weight_layout import TILE_ROWS, Fp4Units, unit_bytes
 
 ARCHITECTURES = ("sm_120a", "sm_121a")
-RTX_5090_SMS = 170
 
 # What is multiplied: SharQ's two paths, its sparse backbone or its residual alone, one path.
 Path = Literal["sharq", "sharq_dense", "sparse", "dense"]
@@ -48,21 +47,16 @@ class Plan:
     shape: Shape
     token_blocks: int
     row_blocks: int
-    slice_k: int
-    slices: int
-    slices_per_block: int
+    cut: KCut
     shared: int
-    partials: int  # floats of workspace; 0 where a block has all slices
-    arrivals: int  # counters, zero before and after
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        return (self.token_blocks, -(-self.slices // self.slices_per_block), self.row_blocks)
+        return (self.token_blocks, self.cut.splits, self.row_blocks)
 
 
 def plan(
-    M: int, weight: Fp4Units, path: Path, *, sms: int = RTX_5090_SMS, tokens: int | None = None,
-    splits: int | None = None,
+    M: int, weight: Fp4Units, path: Path, *, sms: int, tokens: int | None = None, splits: int | None = None
 ) -> Plan:  # fmt: skip
     """sms: of the device. tokens (16, 64, 128) and splits (of K, at most) overrule what is chosen for speed.
 
@@ -73,26 +67,13 @@ def plan(
         tokens = next((size for size in SHAPES if size >= M), 128)
     shape = SHAPES[tokens]
     token_blocks, row_blocks = -(-M // shape.tokens), -(-weight.N // shape.rows)
-    size = slice_k(weight.K)
-    slices = -(-weight.K // size)
     blocks = token_blocks * row_blocks
     if splits is None and tokens < 128:
         splits = -(-2 * sms // blocks)  # bound by memory: as many blocks as SMs hold
     elif splits is None:
         splits = sms // blocks  # bound by compute: another round would cost more than idle SMs
-    per_block = -(-slices // max(1, min(splits, slices)))
-    split = per_block < slices
-    return Plan(
-        shape=shape,
-        token_blocks=token_blocks,
-        row_blocks=row_blocks,
-        slice_k=size,
-        slices=slices,
-        slices_per_block=per_block,
-        shared=shared_bytes(shape, weight, path),
-        partials=slices * M * -(-weight.N // TILE_ROWS) * TILE_ROWS if split else 0,
-        arrivals=blocks if split else 0,
-    )
+    cut = cut_k(M, weight.N, weight.K, blocks=blocks, splits=splits)
+    return Plan(shape, token_blocks, row_blocks, cut, shared_bytes(shape, weight, path))
 
 
 def shared_bytes(shape: Shape, weight: Fp4Units, path: Path) -> int:
@@ -139,8 +120,8 @@ def linear(
         raise InvalidArgument(f"activations in {operand.format} cannot be multiplied with a weight in {weight.format}")
     M, N = output.out.shape
     shape = [np.int32(M), np.int32(N), np.int32(weight.K)]
-    cut = [np.int32(chosen.slice_k), np.int32(chosen.slices_per_block)]
-    work = [workspace.partials, workspace.arrivals] if chosen.partials else [None, None]
+    cut = [np.int32(chosen.cut.slice_k), np.int32(chosen.cut.slices_per_block)]
+    work = [workspace.partials, workspace.arrivals] if chosen.cut.partials else [None, None]
     args = [*_operand_arrays(operand, path), operand.g, weight.units, weight.g]
     args += [output.bias, output.residual, output.out, np.int32(OUTPUT_TYPES[output.out.dtype]), *shape, *cut, *work]
     name = fp4_name(weight)
