@@ -39,7 +39,7 @@ class PrefixNode:
     """One indexed block: its tokens, where its K and V are, and what was seen to follow it."""
 
     parent: PrefixNode | None  # None: the root
-    tokens: tuple[int, ...]  # block_size ids; () for the root
+    tokens: tuple[int, ...]  # block_size ids, marked as `Sequence.block_key` does; () for the root
     block: int | None  # None: the root, or a node that has left the index
     children: dict[tuple[int, ...], PrefixNode] = field(default_factory=dict, repr=False)
 
@@ -93,11 +93,11 @@ class BlockPool:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def match(self, tokens: Sequence[int], max_blocks: int) -> PrefixHit:
-        """Find the longest indexed prefix of `tokens` in whole blocks, at most `max_blocks`. Changes nothing."""
+    def match(self, keys: Iterable[tuple[int, ...]]) -> PrefixHit:
+        """Find the longest indexed prefix; keys: the tokens of its full blocks in order. Changes nothing."""
         node, blocks = self.root, []
-        for start in range(0, max_blocks * self.block_size, self.block_size):
-            child = node.children.get(tuple(tokens[start : start + self.block_size]))
+        for tokens in keys:
+            child = node.children.get(tokens)
             if child is None:
                 break
             assert child.block is not None, "a node in the tree has no block"

@@ -206,10 +206,10 @@ class StreamPiece:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's work: the rows of S sequences back to back, prefill chunks and decodes mixed freely.
+    """One step's work: the rows of S sequences back to back, those that decode before those that prefill.
 
-    Sequence s owns rows [query_start[s], query_start[s + 1]); its rows are its newest tokens, in order.
-    A slot is block * block_size + offset in the paged KV cache.
+    Sequence s owns rows [query_start[s], query_start[s + 1]); its rows are its newest tokens, in order, and of one kind
+    (`engine.scheduler` says of which). A slot is block * block_size + offset in the paged KV cache.
     """
 
     token_ids: NDArray[np.int32]  # [T]
@@ -219,6 +219,7 @@ class Batch:
     context_lens: NDArray[np.int32]  # [S], tokens in the cache once this step's are written
     block_tables: NDArray[np.int32]  # [S, B], physical blocks in order, padded with 0
     logit_rows: NDArray[np.int32]  # [R], the rows whose logits are wanted
+    num_decode_rows: int | None = None  # rows [0, n) decode, rows [n, T) prefill; None: all decode
 
 
 @dataclass(frozen=True, slots=True)

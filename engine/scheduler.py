@@ -9,6 +9,13 @@ holds, and one more stays for each running sequence: it would be preempted at on
 a block whenever its last one is full. When none is left the latest arrival gives all of its blocks back and waits
 again; later it is run anew from its prompt and its answer so far, mostly from the prefix cache.
 
+Two kinds of rows. A backend may sum in one order for many tokens and in another for few, and a token's bits must not
+depend on its batch-mates. So its kind follows from the request alone: prefill rows are all positions of a prompt longer
+than `short_prompt_tokens`, wherever the budget cuts it; all others are decode rows. A short prompt's are, because most
+of what it costs is reading the weights; those of an answer that is run anew after a preemption are, because they were
+the first time. The prefix cache keeps the kinds apart (`Sequence.block_key`): a long prompt does not find what a short
+one or an answer computed. Backends with one order for all have no `short_prompt_tokens`, and share everything.
+
 Nobody starves. Running and waiting are ordered by arrival, nobody is admitted past one that waits for blocks, and only
 the latest arrival is preempted, so the oldest keeps what it has. `max_model_len` tokens always fit the pool
 (`fit_model_len`), so the last one running finishes. One rule lets others pass: where prefix caching can help, the
@@ -64,11 +71,20 @@ class Scheduler:
     """Serves sequences from one block pool. Deterministic: the same calls give the same steps.
 
     max_num_seqs: sequences running at once. max_num_batched_tokens: tokens per step. max_model_len: tokens per
-    sequence, prompt and answer together. Raises InvalidArgument for values that are too small, CapacityError when one
-    sequence of max_model_len tokens does not fit the pool (see `fit_model_len`).
+    sequence, prompt and answer together. short_prompt_tokens: `Ops.short_prompt_tokens`. Raises InvalidArgument for
+    values that are too small, CapacityError when one sequence of max_model_len tokens does not fit the pool (see
+    `fit_model_len`).
     """
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        short_prompt_tokens: int | None = None,
+    ) -> None:
         if max_num_seqs < 1 or max_num_batched_tokens < 1 or max_model_len < 2:
             raise InvalidArgument(
                 f"max_num_seqs and max_num_batched_tokens must be at least 1 and max_model_len at least 2, not "
@@ -84,6 +100,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.short_prompt_tokens = short_prompt_tokens
         self.waiting: list[Sequence] = []  # both by arrival, oldest first
         self.running: list[Sequence] = []
         self._requests: dict[Hashable, list[Sequence]] = {}  # unfinished sequences by request
@@ -104,6 +121,8 @@ class Scheduler:
         siblings = self._requests.setdefault(seq.request_id, [])
         seq.leader = siblings[0] if siblings else None
         siblings.append(seq)
+        if self.short_prompt_tokens is not None and seq.num_prompt > self.short_prompt_tokens:
+            seq.num_prefill = seq.num_prompt
         seq.arrival = self._num_arrived
         self._num_arrived += 1
         self.waiting.append(seq)
@@ -212,7 +231,8 @@ class Scheduler:
 
     def _admit(self, seq: Sequence) -> bool:
         """Start a waiting sequence if its known tokens fit, with all the prefix cache has of them."""
-        hit = self.pool.match(seq.tokens, seq.next_logit // self.pool.block_size)
+        size = self.pool.block_size
+        hit = self.pool.match(seq.block_key(i, size) for i in range(seq.next_logit // size))
         num_new = self.pool.num_blocks_for(len(seq.tokens)) - len(hit.blocks)
         if num_new + hit.num_cached + len(self.running) > self.pool.num_available:
             return False
@@ -220,7 +240,7 @@ class Scheduler:
         seq.block_table.extend(hit.blocks)
         seq.block_table.extend(self.pool.allocate(num_new))
         seq.num_registered, seq.prefix = len(hit.blocks), hit.node
-        seq.num_computed = len(hit.blocks) * self.pool.block_size
+        seq.num_computed = len(hit.blocks) * size
         if seq.num_preemptions == 0:
             seq.num_cached_tokens = seq.num_computed
         seq.status = SequenceStatus.RUNNING
@@ -233,8 +253,7 @@ class Scheduler:
         size = self.pool.block_size
         for i in range(seq.num_registered, seq.num_computed // size):
             assert seq.prefix is not None, "a running sequence has a place in the prefix tree"
-            tokens = tuple(seq.tokens[i * size : (i + 1) * size])
-            seq.prefix = self.pool.register(seq.block_table[i], seq.prefix, tokens)
+            seq.prefix = self.pool.register(seq.block_table[i], seq.prefix, seq.block_key(i, size))
             seq.num_registered = i + 1
 
     def _release_blocks(self, seq: Sequence) -> None:
@@ -267,7 +286,9 @@ class Scheduler:
 
 
 def _append_chunk(chunks: list[Chunk], seq: Sequence, budget: int) -> int:
-    """Take as much of the sequence as the budget allows; return how much."""
+    """Take as much of the sequence as the budget allows, of one kind of rows; return how much."""
     count = min(seq.num_remaining, budget)
+    if seq.num_computed < seq.num_prefill:
+        count = min(count, seq.num_prefill - seq.num_computed)
     chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + count))
     return count

@@ -30,7 +30,8 @@ class Sequence:
     [0, num_computed) have K and V in the cache, [num_computed, len(tokens)) are still to be run;
     positions [0, next_logit) owe no logits, positions [next_logit, len(tokens)) do. A sequence whose prompt is scored
     starts with next_logit = 0, any other with its last prompt token. The token at next_logit must be run, so it bounds
-    what may come from the prefix cache.
+    what may come from the prefix cache. [0, num_prefill) are prefill rows, the others decode rows: all of the prompt or
+    none of it, as the scheduler decides when the sequence is added.
     """
 
     request_id: Any  # hashable: what `Scheduler.abort` takes
@@ -41,6 +42,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     num_prompt: int = field(init=False)
+    num_prefill: int = 0
     num_computed: int = 0
     next_logit: int = field(init=False)
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first admitted
@@ -68,6 +70,16 @@ class Sequence:
     def num_remaining(self) -> int:
         """Known tokens that are not computed: 1 in decode, more in prefill."""
         return len(self.tokens) - self.num_computed
+
+    def block_key(self, block: int, block_size: int) -> tuple[int, ...]:
+        """What the prefix cache knows a full block by: its token ids, those of prefill rows as ~id.
+
+        K and V of the two kinds of rows may differ in their last bits, so one must never be taken for the other.
+        """
+        start = block * block_size
+        tokens = self.tokens[start : start + block_size]
+        prefill = max(0, self.num_prefill - start)
+        return (*(~token for token in tokens[:prefill]), *tokens[prefill:])
 
     @property
     def prompt_ids(self) -> list[int]:

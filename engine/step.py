@@ -21,6 +21,11 @@ class Chunk(NamedTuple):
     start: int
     end: int
 
+    @property
+    def prefills(self) -> bool:
+        """Whether its rows are prefill rows; otherwise all are decode rows."""
+        return self.start < self.sequence.num_prefill
+
 
 class LogitRow(NamedTuple):
     """Whose logits a row holds: those after `sequence.tokens[position]`. is_last: the next token is sampled from it."""
@@ -46,7 +51,8 @@ class ScheduledStep:
 
 
 def build_step(chunks: list[Chunk], preempted: list[Sequence], block_size: int) -> ScheduledStep:
-    """Lay the chunks out as rows. Each sequence's block table covers at least its chunk's end."""
+    """Lay the chunks out as rows, decode rows first. Each sequence's block table covers at least its chunk's end."""
+    chunks = sorted(chunks, key=lambda chunk: chunk.prefills)  # stable
     starts = np.array([chunk.start for chunk in chunks], np.int32)
     ends = np.array([chunk.end for chunk in chunks], np.int32)
     query_start = np.zeros(len(chunks) + 1, np.int32)
@@ -71,5 +77,6 @@ def build_step(chunks: list[Chunk], preempted: list[Sequence], block_size: int) 
         context_lens=ends,
         block_tables=block_tables,
         logit_rows=np.flatnonzero(positions >= owed_from[owners]).astype(np.int32),
+        num_decode_rows=sum(chunk.end - chunk.start for chunk in chunks if not chunk.prefills),
     )
     return ScheduledStep(batch, tuple(chunks), tuple(logit_rows), tuple(preempted))

@@ -19,15 +19,15 @@ class Holder:
     def __init__(self, pool: BlockPool, tokens: list[int], use_cache: bool = True) -> None:
         self.pool, self.tokens = pool, tokens
         num_blocks = len(tokens) // pool.block_size
-        self.hit = pool.match(tokens, num_blocks if use_cache else 0)
+        self.hit = pool.match(blocks_of(tokens, pool) if use_cache else ())
         pool.hold(self.hit.blocks)
         self.table = [*self.hit.blocks, *pool.allocate(num_blocks - len(self.hit.blocks))]
         self.node: PrefixNode = self.hit.node
         self.num_registered = len(self.hit.blocks)
 
     def register_next(self) -> None:
-        i, size = self.num_registered, self.pool.block_size
-        self.node = self.pool.register(self.table[i], self.node, tuple(self.tokens[i * size : (i + 1) * size]))
+        i = self.num_registered
+        self.node = self.pool.register(self.table[i], self.node, blocks_of(self.tokens, self.pool)[i])
         self.num_registered += 1
 
     def register_all(self) -> Holder:
@@ -43,8 +43,13 @@ def counts(pool: BlockPool) -> tuple[int, int, int]:
     return pool.num_free, pool.num_cached, pool.num_used
 
 
+def blocks_of(tokens: list[int], pool: BlockPool) -> list[tuple[int, ...]]:
+    size = pool.block_size
+    return [tuple(tokens[i * size : (i + 1) * size]) for i in range(len(tokens) // size)]
+
+
 def found(pool: BlockPool, tokens: list[int]) -> tuple[int, ...]:
-    return pool.match(tokens, len(tokens) // pool.block_size).blocks
+    return pool.match(blocks_of(tokens, pool)).blocks
 
 
 def test_a_released_prefix_is_found_again_and_shared() -> None:

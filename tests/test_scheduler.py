@@ -1,8 +1,9 @@
 """The scheduler, driven by a fake model that reads every earlier token back through the paged cache.
 
-The fake's K/V of a token is a hash of the token, its position and all K/V before it, fetched through the block table;
-its logits are a hash of all K/V up to there. A stale, shared, lost or misplaced slot anywhere in a sequence's past
-therefore changes its answer, which must equal that of the sequence run alone, on a plain list, without a cache.
+The fake's K/V of a token is a hash of the token, its position, whether its row prefills and all K/V before it, fetched
+through the block table; its logits are a hash of all K/V up to there. A stale, shared, lost or misplaced slot anywhere
+in a sequence's past, or one of the other kind of row, therefore changes its answer, which must equal that of the
+sequence run alone, on a plain list, without a cache.
 """
 
 from __future__ import annotations
@@ -34,27 +35,27 @@ def mix(state: int, value: int) -> int:
     return state ^ (state >> 29)
 
 
-def token_kv(before: int, token: int, position: int) -> int:
-    return mix(mix(before, token), position)
+def token_kv(before: int, token: int, position: int, prefills: bool) -> int:
+    return mix(mix(before, token), 2 * position + prefills)
 
 
 def sample(logits: int, index: int) -> int:
     return mix(logits, index) % NUM_TOKENS
 
 
-def plain_logits(tokens: list[int]) -> list[int]:
-    """The definition: logits after each token, on a plain list."""
+def plain_logits(tokens: list[int], num_prefill: int = 0) -> list[int]:
+    """The definition: logits after each token, on a plain list. num_prefill: of its leading tokens."""
     state, logits = 0, []
     for position, token in enumerate(tokens):
-        state = mix(state, token_kv(state, token, position))
+        state = mix(state, token_kv(state, token, position, position < num_prefill))
         logits.append(state)
     return logits
 
 
-def plain_answer(seq: Sequence, max_model_len: int) -> tuple[list[int], str]:
+def plain_answer(seq: Sequence, max_model_len: int, num_prefill: int) -> tuple[list[int], str]:
     tokens = seq.prompt_ids
     while not seq.only_scored:
-        tokens.append(sample(plain_logits(tokens)[-1], seq.index))
+        tokens.append(sample(plain_logits(tokens, num_prefill)[-1], seq.index))
         if tokens[-1] in (seq.params.stop_token_ids or ()):
             return tokens[seq.num_prompt :], "stop"
         if len(tokens) == max_model_len or len(tokens) - seq.num_prompt == seq.params.max_tokens:
@@ -86,7 +87,9 @@ class FakeModel:
                 state = mix(state, self.cache[slot])
             for row in rows:
                 position = int(batch.positions[row])
-                self.cache[batch.slot_mapping[row]] = token_kv(state, int(batch.token_ids[row]), position)
+                assert batch.num_decode_rows is not None
+                kv = token_kv(state, int(batch.token_ids[row]), position, row >= batch.num_decode_rows)
+                self.cache[batch.slot_mapping[row]] = kv
                 state = mix(state, self.cache[slots[position]])
                 logits[row] = state
         return [logits[int(row)] for row in batch.logit_rows]
@@ -105,10 +108,12 @@ class Host:
         length: int | None = None,
         caching: bool = True,
         seed: int = 0,
+        short: int | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, size, enable_prefix_caching=caching)
         length = fit_model_len(length or num_blocks * size, num_blocks, size)
-        self.scheduler = Scheduler(self.pool, max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=length)
+        limits = {"max_num_seqs": seqs, "max_num_batched_tokens": budget, "max_model_len": length}
+        self.scheduler = Scheduler(self.pool, **limits, short_prompt_tokens=short)
         self.model = FakeModel(self.pool, seed)
         self.scored: dict[Sequence, dict[int, int]] = {}
         self.sequences: list[Sequence] = []
@@ -131,8 +136,9 @@ class Host:
             assert not scheduler.has_unfinished
             return None
         self.check_batch(step)
-        prefills = [chunk.sequence.num_remaining > 1 for chunk in step.chunks if chunk.sequence in running]
-        assert prefills == sorted(prefills), "decodes come first"
+        if scheduler.short_prompt_tokens is None:
+            several = [chunk.sequence.num_remaining > 1 for chunk in step.chunks if chunk.sequence in running]
+            assert several == sorted(several), "decodes come first"
         if step.preempted:
             last_running = max(seq.arrival for seq in scheduler.running)
             assert last_running < min(seq.arrival for seq in step.preempted), "the latest arrivals go first"
@@ -146,7 +152,7 @@ class Host:
 
     def check_batch(self, step: ScheduledStep) -> None:
         batch, size = step.batch, self.pool.block_size
-        arrays = [getattr(batch, name) for name in Batch.__dataclass_fields__]
+        arrays = [getattr(batch, name) for name in Batch.__dataclass_fields__ if name != "num_decode_rows"]
         assert all(array.dtype == np.int32 for array in arrays)
         num_rows, num_seqs = len(batch.token_ids), len(step.chunks)
         assert 0 < num_rows <= self.scheduler.max_num_batched_tokens
@@ -160,6 +166,13 @@ class Host:
         owners = [seq for seq, start, end in step.chunks for _ in range(end - start)]
         for row, described in zip(batch.logit_rows, step.logit_rows, strict=True):
             assert (owners[row], batch.positions[row]) == (described.sequence, described.position)
+        for row, (seq, position) in enumerate(zip(owners, batch.positions.tolist(), strict=True)):
+            assert (row >= batch.num_decode_rows) == (position < self.num_prefill(seq)), "a row of the other kind"
+
+    def num_prefill(self, seq: Sequence) -> int:
+        """The definition: all of a long prompt."""
+        short = self.scheduler.short_prompt_tokens
+        return seq.num_prompt if short is not None and seq.num_prompt > short else 0
 
     def run(self, step: ScheduledStep, *, abort_midway: list[Sequence] | None = None) -> list[Sequence]:
         logits = self.model.run(step.batch)
@@ -197,7 +210,8 @@ class Host:
     def check_answers(self) -> None:
         """Every sequence's answer and scores are those of running it alone; the pool has everything back."""
         for seq in self.sequences:
-            expected, reason = plain_answer(seq, self.scheduler.max_model_len)
+            num_prefill = self.num_prefill(seq)
+            expected, reason = plain_answer(seq, self.scheduler.max_model_len, num_prefill)
             if seq.finish_reason == "abort":
                 assert seq.output_ids == expected[: seq.num_output]
             else:
@@ -205,7 +219,7 @@ class Host:
                 first = 0 if seq.scores_prompt else seq.num_prompt - 1
                 end = len(seq.tokens) - (0 if seq.only_scored else 1)  # nothing is computed of an answer's last token
                 assert self.scored[seq].keys() == set(range(first, end))
-            logits = plain_logits(seq.tokens)
+            logits = plain_logits(seq.tokens, num_prefill)
             assert all(logits[position] == value for position, value in self.scored.get(seq, {}).items())
         assert self.pool.num_used == 0 and self.pool.num_free + self.pool.num_cached == self.pool.num_blocks
         self.pool.clear_cache()
@@ -237,10 +251,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, False]),
         seed=st.integers(0, 9),
         slack=st.integers(0, 20),
+        short=st.none() | st.integers(0, 12),
     )
-    def start(self, size: int, num_blocks: int, seqs: int, budget: int, caching: bool, seed: int, slack: int) -> None:
-        length = max(2, num_blocks * size - slack)
-        self.host = Host(num_blocks, size, seqs=seqs, budget=budget, length=length, caching=caching, seed=seed)
+    def start(self, num_blocks: int, size: int, slack: int, **options: Any) -> None:
+        self.host = Host(num_blocks, size, length=max(2, num_blocks * size - slack), **options)
 
     @rule(
         prompt=prompts,
@@ -312,8 +326,9 @@ TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=3
 
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("budget", [3, 5, 64])
-def test_crowded_pool_gives_the_answers_of_sequences_run_alone(budget: int, caching: bool) -> None:
-    host = Host(12, 4, seqs=6, budget=budget, caching=caching)
+@pytest.mark.parametrize("short", [None, 6])
+def test_crowded_pool_gives_the_answers_of_sequences_run_alone(budget: int, caching: bool, short: int | None) -> None:
+    host = Host(12, 4, seqs=6, budget=budget, caching=caching, short=short)
     for i in range(12):
         host.add([i % 3, 1, 2, 0, 1, i % 2][: 1 + i % 6] * 3, n=1 + i % 3, max_tokens=20)
     host.drain()
@@ -375,6 +390,61 @@ def test_a_request_for_logits_alone_may_fill_the_context_and_gets_no_token() -> 
     (seq,) = host.add([1, 0, 2] * 4, only_scored=True, prompt_logprobs=0)
     host.drain()
     assert seq.num_output == 0 and [host.scored[seq][p] for p in range(12)] == plain_logits([1, 0, 2] * 4)
+    host.check_answers()
+
+
+# ---- rows that prefill
+
+
+def kinds(step: ScheduledStep) -> list[tuple[int, int, bool]]:
+    """Chunks as (start, end, whether their rows prefill)."""
+    decode_rows = step.batch.num_decode_rows
+    assert decode_rows is not None
+    ends = step.batch.query_start[:-1]
+    return [(start, end, bool(row >= decode_rows)) for (_, start, end), row in zip(step.chunks, ends, strict=True)]
+
+
+def test_long_prompts_prefill_to_their_last_token_and_come_last() -> None:
+    host = Host(64, 4, budget=8, short=5)
+    host.add([0] * 7, max_tokens=9)
+    host.add([1] * 6, max_tokens=9)
+    host.add([2] * 5, max_tokens=9)
+    assert kinds(host.step()) == [(0, 7, True), (0, 1, True)]
+    assert kinds(host.step()) == [(7, 8, False), (0, 2, False), (1, 6, True)], "a short prompt is before a long one"
+    assert kinds(host.step()) == [(8, 9, False), (6, 7, False), (2, 5, False)]
+    host.add([0] * 8, max_tokens=1)
+    assert kinds(host.step())[3:] == [(4, 8, True)], "the rest of a cached prompt prefills, too"
+    host.drain()
+    host.check_answers()
+
+
+def test_an_answer_run_anew_decodes_in_a_step_of_its_own() -> None:
+    host = Host(16, 2, seqs=2, short=3, caching=False)
+    host.add([0, 1, 2, 1], max_tokens=8)
+    (second,) = host.add([1, 1, 2, 2, 0], max_tokens=12)
+    for _ in range(4):
+        host.step()
+    host.scheduler._preempt_latest()
+    assert second.num_output == 4
+    assert kinds(host.step()) == [(7, 8, False), (0, 5, True)]
+    assert kinds(host.step()) == [(8, 9, False), (5, 9, False)]
+    host.drain()
+    host.check_answers()
+
+
+def test_what_one_kind_of_rows_computed_is_not_found_by_the_other() -> None:
+    host = Host(32, 2, short=4)
+    (short,) = host.add([0, 1, 2, 1], max_tokens=5)
+    host.drain()
+    (longer,) = host.add([*short.tokens, 0], max_tokens=6)
+    host.drain()
+    assert longer.num_cached_tokens == 0, "it would have decoded"
+    (again,) = host.add([*longer.tokens, 1], max_tokens=1)
+    host.drain()
+    assert again.num_cached_tokens == 10, "its prompt, not its answer"
+    (same,) = host.add([0, 1, 2, 1], max_tokens=5)
+    host.drain()
+    assert same.num_cached_tokens == 2
     host.check_answers()
 
 
