@@ -25,6 +25,8 @@ const char* verb(Access kind) {
         case Access::write: return "write";
         case Access::atomic: return "atomic";
         case Access::in_flight: return "asynchronous copy";
+        case Access::reading:
+        case Access::read_by_warp: return "wgmma's read";
     }
     return "";
 }
@@ -76,6 +78,11 @@ void Checker::begin_block(unsigned linear_index, unsigned threads) {
     rows_.assign(threads, {});
     any_rows_ = false;
     fenced_.assign(threads, 0);
+    products_.assign(warp_settled_.size(), {});
+    sums_.assign(threads, {});
+    product_fenced_.assign(threads, 0);
+    proxy_fences_.assign(threads, {});
+    proxy_fenced_ = proxy_settled_ = 0;
     released_.clear();
     known_blocks_.assign(known_blocks_.size(), false);
     for (SharedMemory::Range range : shared_memory.used()) {
@@ -107,7 +114,11 @@ void Checker::unmap_history(History& history) {
 void Checker::access(const void* pointer, size_t bytes, Access kind, unsigned thread, const void* pc) {
     if (watchdog_expired) report_time_limit(kernel_pc());
     auto* at = static_cast<const std::byte*>(pointer);
-    if (block.stacks().contains(at) || runtime_.contains(at)) return;  // its own variables, threadIdx
+    if (block.stacks().contains(at)) {  // its own variables
+        if (!sums_[thread].empty()) touch_register(at, bytes, kind, thread, pc);
+        return;
+    }
+    if (runtime_.contains(at)) return;  // threadIdx
     auto place = uint32_t(static_cast<const std::byte*>(pc) - kernel_image.begin);
     if (shared_memory.contains(at)) {
         access_shared({at, bytes, kind, thread, place});
@@ -150,7 +161,7 @@ void Checker::touch(const Now& now, History& history, size_t word, uint8_t mask)
     if (history.shared) {
         if (now.kind == Access::write) written_[word] |= mask;
         uint8_t missing = mask & ~written_[word];
-        bool reads = now.kind == Access::read || now.kind == Access::atomic;
+        bool reads = now.kind != Access::write && now.kind != Access::in_flight;
         if (missing && reads) {
             // An asynchronous copy in flight is the better explanation: found below, as a race.
             bool in_flight = false;
@@ -166,8 +177,9 @@ void Checker::touch(const Now& now, History& history, size_t word, uint8_t mask)
     }
     std::vector<Node>& nodes = *history.nodes;
     uint32_t* link = &history.heads[word];
+    uint32_t time = now.kind == Access::reading ? products_[now.thread / kLanes].open : now_;
     if (Node& last = nodes[*link]; *link && repeats(now, last, mask)) {
-        last.time = now_;
+        last.time = time;
         last.place = now.place;
         return;
     }
@@ -176,6 +188,10 @@ void Checker::touch(const Now& now, History& history, size_t word, uint8_t mask)
         Node& old = nodes[i];
         if ((old.mask & mask) && conflict(old.kind, now.kind) && !knows(now.thread, old)) {
             report_race(now, history.base + word * 4 + __builtin_ctz(old.mask & mask), old);
+        }
+        if (now.kind == Access::reading && old.kind == Access::write && (old.mask & mask) &&
+            !through_proxy(now.thread, old)) {
+            report_proxy(now, history.base + word * 4 + __builtin_ctz(old.mask & mask), old);
         }
         if (covers(now, history, old, mask)) {
             *link = old.next;
@@ -189,7 +205,7 @@ void Checker::touch(const Now& now, History& history, size_t word, uint8_t mask)
     // Two blocks that read are enough to find a third that writes: one of them is not the writer.
     if (now.kind == Access::read && other_readers >= 2) return;
     uint32_t added = new_node(history);
-    nodes[added] = {history.heads[word], now_, block_, now.place, uint16_t(now.thread), mask, now.kind};
+    nodes[added] = {history.heads[word], time, block_, now.place, uint16_t(now.thread), mask, now.kind};
     history.heads[word] = added;
 }
 
@@ -201,13 +217,22 @@ bool Checker::repeats(const Now& now, const Node& last, uint8_t mask) const {
 
 bool Checker::conflict(Access a, Access b) {
     if (a == Access::in_flight || b == Access::in_flight) return true;
-    return a != b || a == Access::write;  // two reads do not, nor do two atomics
+    auto reads = [](Access kind) {
+        return kind == Access::read || kind == Access::reading || kind == Access::read_by_warp;
+    };
+    return !(reads(a) && reads(b)) && !(a == Access::atomic && b == Access::atomic);
 }
 
 /// Whether `thread` comes after the access `old` by synchronisation or program order.
 bool Checker::knows(unsigned thread, const Node& old) const {
-    if (old.kind == Access::in_flight) return false;
+    if (old.kind == Access::in_flight || old.kind == Access::reading) return false;
     if (old.block != block_) return known_blocks_[old.block];
+    if (old.kind == Access::read_by_warp) {
+        unsigned first = old.thread / kLanes * kLanes, end = std::min(threads_, first + kLanes);
+        if (old.time < settled_ || (first <= thread && thread < end)) return true;
+        if (!any_rows_ || rows_[thread].empty()) return false;
+        return *std::max_element(&rows_[thread][first], &rows_[thread][end]) > old.time;
+    }
     if (old.thread == threads_) {
         return old.time < async_settled_ || (any_rows_ && !rows_[thread].empty() && old.time < rows_[thread][threads_]);
     }
@@ -219,6 +244,9 @@ bool Checker::knows(unsigned thread, const Node& old) const {
 /// Whether any later access that would conflict with `old` and not know it would do the same with the new access.
 bool Checker::covers(const Now& now, const History& history, const Node& old, uint8_t mask) const {
     if (old.kind == Access::in_flight) return false;
+    if (old.kind == Access::reading) {  // a later group of the same warp is retired later
+        return now.kind == Access::reading && now.thread / kLanes == old.thread / kLanes && !(old.mask & ~mask);
+    }
     if (history.shared && old.time < (old.thread == threads_ ? async_settled_ : settled_)) return true;  // all know it
     if ((old.mask & ~mask) || !knows(now.thread, old)) return false;
     return now.kind == Access::write || now.kind == old.kind;
@@ -270,6 +298,10 @@ void Checker::sync_block() {
     }
     if (any_rows_) rows_.assign(threads_, {});
     any_rows_ = false;
+    proxy_settled_ = proxy_fenced_;
+    for (std::vector<ProxyFence>& fences : proxy_fences_) {
+        if (fences.size() > 1) fences.erase(fences.begin(), fences.end() - 1);
+    }
 }
 
 void Checker::sync_lanes(unsigned mask) {
@@ -381,6 +413,10 @@ void Checker::report_race(const Now& now, const std::byte* at, const Node& old) 
     if (old.kind == Access::in_flight) {
         fail("in flight: %s; %s issued a copy there at %s and has not waited for it", what.c_str(),
              name_of(block.threads()[old.thread]).c_str(), where.c_str());
+    }
+    if (old.kind == Access::reading) {
+        fail("in use: %s; a wgmma of warp %u at %s reads there and has not been waited for", what.c_str(),
+             old.thread / kLanes, where.c_str());
     }
     std::string who = old.block != block_       ? "thread number " + std::to_string(old.thread) + " of block number " + std::to_string(old.block)
                       : old.thread == threads_ ? "a bulk copy"

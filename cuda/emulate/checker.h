@@ -13,6 +13,15 @@
 //
 // Arrays that the kernel takes as pointers to const have no history, only bounds. Not seen: accesses by libc functions
 // called by name (memcpy of a length unknown when compiling).
+//
+// wgmma (checker_wgmma.cpp) reads shared memory at any time between its issue and the wait_group of its warp that
+// retires its group; from then on the read is an ordinary one of all the warp's lanes, which another warp's write must
+// know, by a barrier. What a thread wrote, or cp.async for it, needs a fence.proxy.async before a wgmma reads it: one
+// that follows the write in the writer, or in the reading lane, or in any thread with a __syncthreads on both sides.
+// Accumulators are known by their variables' addresses: from issue to wait nobody may touch them, and after a touch
+// comes a wgmma.fence before the next wgmma on them. Not seen: a fence that is missing where the first access to the
+// data after a __syncthreads was not wgmma's; A's fragments in registers; a first wgmma's accumulators written between
+// fence and issue. Stricter than GPUs may be: each warp of a warpgroup retires its own part.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +38,9 @@ namespace emu {
 
 #if EMU_CHECKED
 
-enum class Access : uint8_t { read, write, atomic, in_flight };
+// in_flight: written by a copy not waited for; reading: by a wgmma not waited for; read_by_warp: by one its warp has
+// waited for.
+enum class Access : uint8_t { read, write, atomic, in_flight, reading, read_by_warp };
 
 class Checker {
 public:
@@ -53,9 +64,17 @@ public:
     void begin_write(const void* pointer, size_t bytes);
     void end_write(const void* pointer, size_t bytes, const void* object);
 
+    // Warpgroup products of the calling warp; the proxy fence of the calling thread.
+    void product_reads(const void* pointer, size_t bytes);
+    void product_sums(const void* registers, size_t bytes, unsigned lane);
+    void product_fence();
+    void product_commit();
+    void product_wait(unsigned pending_groups);
+    void proxy_fence();
+
 private:
     struct Node {
-        uint32_t next, time, block;
+        uint32_t next, time, block;  // time of what is being read: the number of its group
         uint32_t place;  // its code, from the start of the kernels' module
         uint16_t thread;
         uint8_t mask;  // bytes of the word
@@ -76,6 +95,26 @@ private:
     };
     using Row = std::vector<uint32_t>;  // by thread: what it did before this time is known; last, asynchronous writes
     using BlockSet = std::vector<bool>;
+    struct ProductRead {
+        const std::byte* pointer;
+        size_t bytes;
+        uint32_t group;
+    };
+    struct Products {  // of a warp: groups are numbered from 1; the open one, the last one retired, what others read
+        uint32_t open = 1, retired = 0;
+        std::vector<ProductRead> reads;
+    };
+    struct Sums {  // a thread's accumulators, in its variables
+        const std::byte* first;
+        size_t bytes;
+        uint32_t group;  // the last that works on them
+        uint32_t place;
+        bool touched;    // since the last wgmma.fence
+    };
+    struct ProxyFence {
+        uint32_t time, settled;
+        Row known;  // empty: no more than `settled` says
+    };
     struct Now {  // the access being checked
         const std::byte* pointer;
         size_t bytes;
@@ -92,6 +131,9 @@ private:
     bool covers(const Now& now, const History& history, const Node& old, uint8_t mask) const;
     bool knows(unsigned thread, const Node& old) const;
     static bool conflict(Access a, Access b);
+    void touch_register(const std::byte* at, size_t bytes, Access kind, unsigned thread, const void* pc);
+    bool through_proxy(unsigned thread, const Node& written) const;
+    [[noreturn]] void report_proxy(const Now& now, const std::byte* at, const Node& old);
     uint32_t new_node(History& history);
     void map_history(History& history, std::byte* base, size_t bytes);
     void unmap_history(History& history);
@@ -116,6 +158,11 @@ private:
     std::unordered_map<const void*, Row> released_;            // within the block
     std::unordered_map<const void*, BlockSet> released_to_blocks_;
     BlockSet known_blocks_;
+    std::vector<Products> products_;       // by warp
+    std::vector<std::vector<Sums>> sums_;  // by thread
+    std::vector<uint8_t> product_fenced_;
+    std::vector<std::vector<ProxyFence>> proxy_fences_;  // by thread, since the last block barrier, and one before
+    uint32_t proxy_fenced_ = 0, proxy_settled_ = 0;      // what any fence covers; what one before the last barrier did
     unsigned block_ = 0, threads_ = 0;  // threads_ is also the number of the thread that asynchronous writes count as
 
     History shared_;
@@ -141,6 +188,12 @@ struct Checker {  // the fast build's: nothing
     void atomic_order(const void*) {}
     void begin_write(const void*, size_t) {}
     void end_write(const void*, size_t, const void*) {}
+    void product_reads(const void*, size_t) {}
+    void product_sums(const void*, size_t, unsigned) {}
+    void product_fence() {}
+    void product_commit() {}
+    void product_wait(unsigned) {}
+    void proxy_fence() {}
 };
 
 #endif

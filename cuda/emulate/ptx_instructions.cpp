@@ -373,8 +373,21 @@ void bulk_copy(Frame& frame) {
 
 const void* read_unit(uint32_t address) {
     const void* pointer = shared_pointer(address);
-    note_read(pointer, 16, lane_id());
+    product_reads(pointer, 16);
     return pointer;
+}
+
+// Operands 0 … count − 1 are the lanes' accumulators: to the checker, stretches of their variables.
+void announce_sums(const Warp& warp, int count) {
+    for (unsigned lane = 0; lane < 32; ++lane) {
+        const auto variable = [&](int i) {
+            return static_cast<const char*>(warp.lane[lane]->operands[warp.statement().values[i].index].target);
+        };
+        for (int first = 0, end = 1; first < count; first = end++) {
+            while (end < count && variable(end) == variable(end - 1) + 4) ++end;
+            product_sums(variable(first), 4 * static_cast<size_t>(end - first), lane);
+        }
+    }
 }
 
 MatrixDescriptor descriptor_of(const Warp& warp, int operand) {
@@ -386,34 +399,62 @@ MatrixDescriptor descriptor_of(const Warp& warp, int operand) {
     return descriptor;
 }
 
+// Accumulators += a b of 16 stored k; scale_d: the operand that says whether they count, before the signs of A and B.
+template <Element element, int N, int K>
+void multiply(const Warp& warp, const uint16_t (&a)[16][16], const uint16_t (&b)[N][K], const Picked* picked,
+              int scale_d) {
+    const Frame& frame = *warp.lane[0];
+    if (frame.get(scale_d + 1) != 1 || frame.get(scale_d + 2) != 1) frame.fail("wgmma's sign operands must be 1");
+    announce_sums(warp, N / 2);
+    Factors factors;
+    for (int row = 0; row < 16; ++row)
+        for (int k = 0; k < 16; ++k) factors.set_a(row, k, element, a[row][k]);
+    for (int j = 0; j < N / 8; ++j) {
+        for (int column = 0; column < 8; ++column)
+            for (int k = 0; k < K; ++k) factors.set_b(k, column, element, b[8 * j + column][k]);
+        RealFragment<4> c(warp, 4 * j);
+        if (!frame.get(scale_d)) std::memset(c.value, 0, sizeof c.value);
+        accumulate(factors, 16, picked, accumulation(warp.arch(), element, 16), c.value);
+        c.store(warp, 4 * j);
+    }
+}
+
+int first_row() { return static_cast<int>(16 * (warp_id() % 4)); }
+
 // Operands: N / 2 accumulators; A as four registers or a descriptor; B's descriptor; scale-d; the signs of A and B,
 // which must be 1; transposition of A (where it is in shared memory) and B.
 template <Element element, int N, bool a_in_registers>
 void wgmma(const Warp& warp) {
     constexpr int first = N / 2, b_at = first + (a_in_registers ? 4 : 1), scale_d = b_at + 1;
     const Frame& frame = *warp.lane[0];
-    if (frame.get(scale_d + 1) != 1 || frame.get(scale_d + 2) != 1) frame.fail("wgmma's sign operands must be 1");
     uint16_t a[16][16], b[N][16];
     if constexpr (a_in_registers) {
         unpack_a<2>(Fragment<4>(warp, first).word, a);
     } else {
-        const auto row = static_cast<int>(16 * (warp_id() % 4));
-        read_matrix(descriptor_of(warp, first), frame.get(scale_d + 3) != 0, row, 16, read_unit, a);
+        read_matrix(descriptor_of(warp, first), frame.get(scale_d + 3) != 0, first_row(), 16, read_unit, a);
     }
     read_matrix(descriptor_of(warp, b_at), frame.get(scale_d + (a_in_registers ? 3 : 4)) != 0, 0, N, read_unit, b);
-    Factors factors;
-    for (int row = 0; row < 16; ++row)
-        for (int k = 0; k < 16; ++k) factors.set_a(row, k, element, a[row][k]);
-    for (int j = 0; j < N / 8; ++j) {
-        for (int column = 0; column < 8; ++column)
-            for (int k = 0; k < 16; ++k) factors.set_b(k, column, element, b[8 * j + column][k]);
-        RealFragment<4> c(warp, 4 * j);
-        if (!frame.get(scale_d)) std::memset(c.value, 0, sizeof c.value);
-        accumulate(factors, 16, nullptr, accumulation(warp.arch(), element, 16), c.value);
-        c.store(warp, 4 * j);
-    }
+    multiply<element>(warp, a, b, nullptr, scale_d);
 }
 
+// Operands: N / 2 accumulators, descriptors of A and B, metadata, selector, scale-d, signs, transpositions.
+template <Element element, int N>
+void wgmma_sparse(const Warp& warp) {
+    constexpr int first = N / 2, scale_d = first + 4;
+    const Frame& frame = *warp.lane[0];
+    const Fragment<1> metadata(warp, first + 2);
+    Picked picked;
+    require_legal(warp, pick_16(metadata.single(), selector_of(warp, first + 3, 1), picked));
+    uint16_t a[16][16], b[N][32];
+    read_matrix(descriptor_of(warp, first), frame.get(scale_d + 3) != 0, first_row(), 16, read_unit, a);
+    read_matrix(descriptor_of(warp, first + 1), frame.get(scale_d + 4) != 0, 0, N, read_unit, b);
+    multiply<element>(warp, a, b, &picked, scale_d);
+}
+
+void wgmma_fence(const Warp&) { product_fence(); }
+void wgmma_commit(const Warp&) { product_commit(); }
+void wgmma_wait(const Warp& warp) { product_wait(warp.lane[0]->word(0)); }
+void proxy_fence(Frame&) { async_proxy_fence(); }
 void meet_only(const Warp&) {}
 
 constexpr int any = 9999;
@@ -458,7 +499,7 @@ const std::vector<Entry>& instruction_table() {
         {"griddepcontrol.wait", "", nothing, nullptr, 900, any, true},
         {"griddepcontrol.launch_dependents", "", nothing, nullptr, 900, any, true},
         // "bar": sure. "mbarrier", "cp.async.bulk", "fence", "setmaxnreg": behaviour sure, copies land at once, fences
-        // do nothing (one memory, no proxies), a phase has at most 65535 arrivals.
+        // matter to the checker alone, a phase has at most 65535 arrivals.
         {"bar.sync", "x x", named_barrier<true>, nullptr, 0, any, true},
         {"bar.arrive", "x x", named_barrier<false>, nullptr, 0, any, true},
         {"mbarrier.init.shared::cta.b64", "[r] r", mbarrier_init, nullptr, 900, any, true},
@@ -468,13 +509,13 @@ const std::vector<Entry>& instruction_table() {
         {"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", "[r] [l] r [r]", bulk_copy, nullptr, 900,
          any, true},
         {"fence.mbarrier_init.release.cluster", "", nothing, nullptr, 900, any, true},
-        {"fence.proxy.async.shared::cta", "", nothing, nullptr, 900, any, true},
+        {"fence.proxy.async.shared::cta", "", proxy_fence, nullptr, 900, any, true},
         {"setmaxnreg.inc.sync.aligned.u32", "i", nullptr, meet_only, 900, 909, false},
         {"setmaxnreg.dec.sync.aligned.u32", "i", nullptr, meet_only, 900, 909, false},
         // "wgmma": layouts sure, rounding from third-party probes; runs where it is issued (ptx_wgmma.h).
-        {"wgmma.fence.sync.aligned", "", nullptr, meet_only, 900, 909, true},
-        {"wgmma.commit_group.sync.aligned", "", nullptr, meet_only, 900, 909, true},
-        {"wgmma.wait_group.sync.aligned", "i", nullptr, meet_only, 900, 909, true},
+        {"wgmma.fence.sync.aligned", "", nullptr, wgmma_fence, 900, 909, true},
+        {"wgmma.commit_group.sync.aligned", "", nullptr, wgmma_commit, 900, 909, true},
+        {"wgmma.wait_group.sync.aligned", "i", nullptr, wgmma_wait, 900, 909, true},
         {"wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", "+f32 l l p i i i i", nullptr,
          wgmma<Element::bf16, 64, false>, 900, 909, true},
         {"wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", "+f32 r4 l p i i i", nullptr,
@@ -487,6 +528,9 @@ const std::vector<Entry>& instruction_table() {
          wgmma<Element::bf16, 256, false>, 900, 909, true},
         {"wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "+f128 r4 l p i i i", nullptr,
          wgmma<Element::bf16, 256, true>, 900, 909, true},
+        // "wgmma … .sp": metadata as CUTLASS arranges it, rounding derived.
+        {"wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.bf16.bf16", "+f64 l l r i p i i i i", nullptr,
+         wgmma_sparse<Element::bf16, 128>, 900, 909, true},
         // "setp", "selp", "mov": sure.
         {"setp.ne.b32", "=p x x", set_not_equal, nullptr, 0, any, false},
         {"selp.b32", "=r x x p", select, nullptr, 0, any, false},

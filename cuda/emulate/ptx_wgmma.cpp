@@ -27,15 +27,19 @@ uint32_t MatrixDescriptor::address(int row, int k, bool mn_major) const {
     return linear ^ ((linear >> 7 & (width - 1)) << 4);
 }
 
+template <int K>
 void read_matrix(const MatrixDescriptor& descriptor, bool mn_major, int first, int rows, ReadUnit read,
-                 uint16_t (*codes)[16]) {
+                 uint16_t (*codes)[K]) {
     uint16_t unit[8];
     for (int row = 0; row < rows; row += mn_major ? 8 : 1)
-        for (int k = 0; k < 16; k += mn_major ? 1 : 8) {
+        for (int k = 0; k < K; k += mn_major ? 1 : 8) {
             std::memcpy(unit, read(descriptor.address(first + row, k, mn_major)), 16);
             for (int i = 0; i < 8; ++i) (mn_major ? codes[row + i][k] : codes[row][k + i]) = unit[i];
         }
 }
+
+template void read_matrix(const MatrixDescriptor&, bool, int, int, ReadUnit, uint16_t (*)[16]);
+template void read_matrix(const MatrixDescriptor&, bool, int, int, ReadUnit, uint16_t (*)[32]);
 
 void Mbarrier::complete_if_done() {
     if (pending || bytes) return;

@@ -1,8 +1,9 @@
 // Hopper's warpgroup products and the barriers they wait for.
 //
-// wgmma m64nNk16: each of the four warps of a warpgroup computes 16 of the 64 rows, warp w rows 16 w …; so one warp is
+// wgmma m64nNk16, sparse m64nNk32: each of the four warps of a warpgroup computes 16 of the 64 rows, warp w rows 16 w …; so one warp is
 // modelled at a time. A and accumulators in registers are ptx_mma.h's fragments: accumulator register 4 j + r belongs
-// to columns 8 j …, A's four registers to k = 0 … 15.
+// to columns 8 j …, A's four registers to k = 0 … 15. Sparse A is stored 64 × 16; its metadata is that of mma.sp's 16
+// rows (ptx_mma.h).
 //
 // Matrices in shared memory are named by 64-bit descriptors (PTX ISA "Matrix Descriptor Format", "Strides"; CUTLASS
 // mma_sm90_desc.hpp and the canonical layouts of mma_traits_sm90_gmma.hpp agree): bits 0-13 start address, 16-29
@@ -14,8 +15,8 @@
 //                                  else:  u % W + (u / W) LBO + (k % 8) W + (k / 8) SBO
 // and then address bits 4-6 are xored with bits 7-9 (of them log2 W).
 //
-// wgmma runs where it is issued, not where it is waited for: reading accumulators or overwriting shared memory before
-// wgmma.wait_group goes unnoticed, as does a missing wgmma.fence.
+// wgmma runs where it is issued, not where it is waited for. A checking build reports what would notice the difference:
+// operands written, accumulators touched before wgmma.wait_group, fences left out (checker.h).
 #pragma once
 
 #include <cstdint>
@@ -34,10 +35,11 @@ struct MatrixDescriptor {
     uint32_t address(int row, int k, bool mn_major) const;
 };
 
-// 16 columns of k and `rows` rows from `first`, as codes; `read` gives 16 bytes of shared memory.
+// K columns of k, 16 or 32, and `rows` rows from `first`, as codes; `read` gives 16 bytes of shared memory.
 using ReadUnit = const void* (*)(uint32_t address);
+template <int K>
 void read_matrix(const MatrixDescriptor& descriptor, bool mn_major, int first, int rows, ReadUnit read,
-                 uint16_t (*codes)[16]);
+                 uint16_t (*codes)[K]);
 
 // An mbarrier's 64 bits, in a layout of our own (the real one is opaque).
 struct Mbarrier {

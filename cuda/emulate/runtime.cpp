@@ -132,6 +132,13 @@ void async_wait(unsigned pending_groups, Site) {
 
 void async_wait_all(Site) { land_before(self().group + 1); }
 
+void product_reads(const void* pointer, size_t bytes) { checker.product_reads(pointer, bytes); }
+void product_sums(const void* registers, size_t bytes, unsigned lane) { checker.product_sums(registers, bytes, lane); }
+void product_fence() { checker.product_fence(); }
+void product_commit() { checker.product_commit(); }
+void product_wait(unsigned pending_groups) { checker.product_wait(pending_groups); }
+void async_proxy_fence() { checker.proxy_fence(); }
+
 void async_write_begin(void* dst, size_t bytes, Site) { checker.begin_write(dst, bytes); }
 void async_write_end(void* dst, size_t bytes, const void* object) { checker.end_write(dst, bytes, object); }
 

@@ -98,6 +98,16 @@ void async_wait_all(Site site);                      ///< also copies not yet co
 void async_write_begin(void* dst, size_t bytes, Site site);
 void async_write_end(void* dst, size_t bytes, const void* object);
 
+// --- Warpgroup products ---------------------------------------------------------------------------------------------
+// wgmma runs where it is issued, but a program may count on that only from wait_group on; the checker holds it to that.
+// All of the calling warp, except async_proxy_fence, which is the calling thread's.
+void product_reads(const void* pointer, size_t bytes);                       ///< shared memory
+void product_sums(const void* registers, size_t bytes, unsigned lane);      ///< a lane's accumulators
+void product_fence();                         ///< wgmma.fence
+void product_commit();                        ///< wgmma.commit_group
+void product_wait(unsigned pending_groups);   ///< wgmma.wait_group
+void async_proxy_fence();                     ///< fence.proxy.async
+
 /// True if asynchronous work should land as late as the program allows (the schedule's choice), false for at once.
 bool async_is_lazy();
 
