@@ -139,6 +139,7 @@ class GpuOps:
         self._split_products = Workspace(device.empty((1,), _F32), device.zeros((1,), _U32))
         self._scratch = Scratch(device)
         self._report = StepReport(device)
+        self.short_prompt_tokens: int | None = None
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ class GpuOps:
         return self.device.upload(np.ascontiguousarray(array))
 
     def stage(self, batch: Batch) -> StagedBatch:
-        return StagedBatch(batch, self.device)
+        return StagedBatch(batch, self.device, self._scratch)
 
     def take_rows(self, x: Array, rows: NDArray[np.int32]) -> Array:
         out = self.empty((len(rows), x.shape[1]), x.dtype)
@@ -312,6 +313,7 @@ class GpuOps:
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         plan = launch_linear.plan_16_bit_decode(weight.N, weight.K, len(x), sms=self.device.sms)
         return self._into(
@@ -331,6 +333,7 @@ class GpuOps:
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         output = Output(out, bias, residual)
         if not weight.placed:
@@ -350,6 +353,7 @@ class GpuOps:
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         plan = launch_linear.plan_fp4_decode(weight, len(out), launch_rows.type_name(x.dtype), sms=self.device.sms)
         output, workspace = Output(out, bias, residual), self._workspace(plan.cut)
@@ -366,6 +370,7 @@ class GpuOps:
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         plan = launch_linear.plan_fp8_decode(weight, len(out), "fp8", sms=self.device.sms)
         output, workspace = Output(out, bias, residual), self._workspace(plan.cut)
@@ -379,6 +384,7 @@ class GpuOps:
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         plan = launch_linear.plan_fp8_decode(weight, len(out), launch_rows.type_name(x.dtype), sms=self.device.sms)
         output, workspace = Output(out, bias, residual), self._workspace(plan.cut)

@@ -35,6 +35,8 @@ _LEVEL_SPLITS = np.array([0, 8, 24, 56])
 # A chunk of up to so many rows after a long context: attention_prefill would walk it in one block per KV head.
 _FEW_ROWS, _LONG_CONTEXT = 128, 1024
 _ITEM = 8  # int32 per item: sequence, first_token, position, first_row, rows, first_partial, 0, 0
+SEQUENCE, POSITION, FIRST_PARTIAL = 0, 2, 5  # columns of these
+MOST_PARTIALS = 1 << 24  # float32 elements of scratch that a launch may take, unless one item takes more: 64 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,10 @@ class AttentionShape:
         """Rows of a prefill block."""
         return 128 if self.padded <= 128 else 64
 
+    def partial_size(self, rows: int) -> int:
+        """float32 elements of the result that one split of an item of so many rows leaves, all heads together."""
+        return self.KVH * max(1, rows) * (self.D + 4)
+
     def kernel(self, operation: str) -> str:
         return f"attention_{operation}_{self.dtype}{'_e4m3' if self.kv_e4m3 else ''}_{self.padded}"
 
@@ -95,10 +101,11 @@ class AttentionPlan:
     partial_rows: int  # of a decode item, at most
     num_partials: int
     most_splits: int  # of a decode item; 0 where there is none
+    rounds: tuple[slice, ...] = (slice(None),)  # decode items launched one after the other, which share the scratch
 
     def partials_size(self, shape: AttentionShape) -> int:
         """float32 elements of scratch."""
-        return self.num_partials * shape.KVH * self.partial_rows * (shape.D + 4)
+        return self.num_partials * shape.partial_size(self.partial_rows)
 
     def arrivals_size(self, shape: AttentionShape) -> int:
         """uint32 elements that are zero before the first launch; every launch leaves them zero."""
@@ -114,6 +121,35 @@ def split_of_tile(tile: Any) -> Any:
 def num_splits(first_token: Any, last_token: Any) -> Any:
     """Splits that the tokens of a sequence from first to last touch."""
     return split_of_tile(last_token // TILE_TOKENS) - split_of_tile(first_token // TILE_TOKENS) + 1
+
+
+def most_partials(shape: AttentionShape, *, tokens: int, sequences: int, context: int) -> int:
+    """The largest `partials_size` of a step of so many tokens and sequences, each of up to `context` tokens."""
+    splits = int(num_splits(0, context - 1))
+    if shape.dtype == "f32" or splits == 1:
+        return 0
+    rows = _whole_tokens(DECODE_ROWS, shape.G)
+    items = tokens * shape.G // rows + min(tokens, sequences)
+    item = splits * shape.KVH * rows * (shape.D + 4)
+    return min(items * item, max(MOST_PARTIALS, item))
+
+
+def in_rounds(partials: I64, unit: int) -> tuple[I64, int, tuple[slice, ...]]:
+    """Where each item's partial results [n] begin, how many there are at once, and which items run at once.
+
+    unit: float32 elements of a partial result.
+    """
+    ends = np.cumsum(partials)
+    first, rounds, largest = ends - partials, [], 0
+    begin = 0
+    while begin < len(partials):
+        before = first[begin]
+        end = max(begin + 1, int(np.searchsorted(ends, before + MOST_PARTIALS // unit, side="right")))
+        largest = max(largest, int(ends[end - 1] - before))
+        first[begin:end] -= before
+        rounds.append(slice(begin, end))
+        begin = end
+    return first, largest, tuple(rounds)
 
 
 def plan_attention(batch: Batch, shape: AttentionShape, window: int | None = None) -> AttentionPlan:
@@ -133,17 +169,21 @@ def plan_attention(batch: Batch, shape: AttentionShape, window: int | None = Non
 
     decode = few[s]
     splits = np.where(decode, num_splits(lowest, highest), 0)
-    partials = np.where(splits > 1, splits, 0)
-    columns = (s, batch.query_start[s], positions[s], first_row, own_rows, np.cumsum(partials) - partials)
+    partial_rows = int(own_rows[decode].max(initial=0))
+    partials = np.where(splits > 1, splits, 0)[decode]
+    first_partial, num_partials, rounds = in_rounds(partials, shape.partial_size(partial_rows))
+    columns = (s, batch.query_start[s], positions[s], first_row, own_rows)
     items = np.zeros((len(s), _ITEM), np.int32)
     items[:, : len(columns)] = np.stack(columns, axis=1)
+    items[decode, FIRST_PARTIAL] = first_partial
     longest_first = np.argsort(-highest[~decode], kind="stable")
     return AttentionPlan(
         decode_items=items[decode],
         prefill_items=items[~decode][longest_first],
-        partial_rows=int(own_rows[decode].max(initial=0)),
-        num_partials=int(partials.sum()),
+        partial_rows=partial_rows,
+        num_partials=num_partials,
         most_splits=int(splits.max(initial=0)),
+        rounds=rounds,
     )
 
 
@@ -210,9 +250,10 @@ def launches(
         block = (256 if shape.padded <= 128 else 128, 1, 1)
         grid = (shape.KVH, n, 1)
         found.append(Launch(PREFILL, shape.kernel("prefill"), grid, block, shape.shared_bytes("prefill"), args))
-    if n := len(plan.decode_items):
+    for part in plan.rounds if len(plan.decode_items) else ():
+        n = len(plan.decode_items[part])
         scratch = [arrays.partials, np.int32(plan.partial_rows), arrays.arrivals]
-        args = [*head, arrays.decode_items, *sizes, *scratch, *tail]
+        args = [*head, arrays.decode_items[part], *sizes, *scratch, *tail]
         grid = (split_blocks or plan.most_splits, shape.KVH, n)
         found.append(Launch(DECODE, shape.kernel("decode"), grid, (128, 1, 1), shape.shared_bytes("decode"), args))
         if plan.most_splits > FUSED_SPLITS:

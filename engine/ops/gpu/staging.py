@@ -7,9 +7,10 @@ was recorded on one such step serves the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -18,19 +19,29 @@ from numpy.typing import NDArray
 
 from engine.core import Batch
 from engine.ops.gpu.device import Device
-from engine.ops.gpu.launch_attention import TILE_TOKENS, AttentionPlan, AttentionShape, num_splits, plan_attention
+from engine.ops.gpu.launch_attention import (
+    FIRST_PARTIAL,
+    POSITION,
+    SEQUENCE,
+    TILE_TOKENS,
+    AttentionPlan,
+    AttentionShape,
+    in_rounds,
+    num_splits,
+    plan_attention,
+)
 
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 _I32, _U32, _F32, _BYTE = np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.float32), np.dtype(np.uint8)
 _ALIGNMENT = 16  # bytes: the widest load of a kernel
-_SEQUENCE, _POSITION, _FIRST_PARTIAL = 0, 2, 5  # columns of an attention item
 
 
 class Scratch:
     """Named device memory, grown to the largest use and used again by every later one.
 
-    Taking a name again ends the life of what was taken before; what was recorded on it keeps it alive.
+    Taking a name again ends the life of what was taken before; what was recorded on it keeps it alive. `GpuOps` has the
+    largest steps take theirs first (`GpuOps.rehearsal`), so that none grows later.
     """
 
     def __init__(self, device: Device) -> None:
@@ -39,11 +50,18 @@ class Scratch:
         self._one_operand = False
 
     def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        size = prod(shape)
-        buffer = self._buffers.get((name, dtype))
-        if buffer is None or buffer.size < size:
-            buffer = self._buffers[name, dtype] = self._device.empty((size,), dtype)
-        return buffer[:size].reshape(shape)
+        return self._grown(name, prod(shape), dtype, self._device.empty)[: prod(shape)].reshape(shape)
+
+    def counters(self, name: str, size: int) -> Any:
+        """uint32 [size], zero at first; who uses them leaves them zero."""
+        return self._grown(name, size, _U32, self._device.zeros)[:size]
+
+    def _grown(self, name: str, size: int, dtype: np.dtype[Any], new: Callable[..., Any]) -> Any:
+        key = (name, dtype)
+        if key not in self._buffers or self._buffers[key].size < size:
+            self._buffers.pop(key, None)  # first, as there may be no room for both
+            self._buffers[key] = new((size,), dtype)
+        return self._buffers[key]
 
     def operand(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Memory for an array of prepared activations: of its own, unless `one_operand` says that one lives at a time.
@@ -63,9 +81,14 @@ class Scratch:
 
 
 class PackedArrays:
-    """Arrays that go to the device in one transfer: fill `host`, `send`, launch on `device`; the names are layout's."""
+    """Arrays that go to the device in one transfer: fill `host`, `send`, launch on `device`; the names are layout's.
 
-    def __init__(self, device: Device, layout: Layout) -> None:
+    allocate: gives the memory on the device; None: memory of their own.
+    """
+
+    def __init__(
+        self, device: Device, layout: Layout, allocate: Callable[[tuple[int, ...], np.dtype[Any]], Any] | None = None
+    ) -> None:
         places: dict[str, slice] = {}
         nbytes = 0
         for name, (shape, dtype) in layout.items():
@@ -73,7 +96,7 @@ class PackedArrays:
             nbytes = -(-places[name].stop // _ALIGNMENT) * _ALIGNMENT
         self._to = device
         self._packed = np.zeros(nbytes, _BYTE)
-        self._memory = device.empty((nbytes,), _BYTE)
+        self._memory = (allocate or device.empty)((nbytes,), _BYTE)
 
         def views(memory: Any) -> dict[str, Any]:
             return {name: memory[places[name]].view(dtype).reshape(shape) for name, (shape, dtype) in layout.items()}
@@ -105,15 +128,23 @@ class PlannedAttention:
     arrivals: Any
 
 
+def attention_scratch(scratch: Scratch, plan: AttentionPlan, shape: AttentionShape) -> tuple[Any, Any]:
+    """Partials and arrivals, which all layers of all steps share, one after the other."""
+    partials = scratch.take("attention partials", (max(1, plan.partials_size(shape)),), _F32)
+    return partials, scratch.counters("attention arrivals", max(1, plan.arrivals_size(shape)))
+
+
 class StagedBatch:
     """A step's arrays in device memory, under the names of `Batch`; host: the batch itself."""
 
-    def __init__(self, batch: Batch, device: Device) -> None:
+    def __init__(self, batch: Batch, device: Device, scratch: Scratch) -> None:
         self.host = batch
+        self.num_decode_rows = batch.num_decode_rows
         names = ("token_ids", "positions", "slot_mapping", "block_tables")
         sent = send_all(device, {name: getattr(batch, name) for name in names})
         self.token_ids, self.positions, self.slot_mapping, self.block_tables = (sent[name] for name in names)
         self._device = device
+        self._scratch = scratch
         self._planned: dict[tuple[AttentionShape, int | None], PlannedAttention] = {}
 
     def planned(self, shape: AttentionShape, window: int | None) -> PlannedAttention:
@@ -122,8 +153,7 @@ class StagedBatch:
             plan = plan_attention(self.host, shape, window)
             items = {"decode_items": plan.decode_items, "prefill_items": plan.prefill_items}
             sent = send_all(self._device, items)
-            partials = self._device.empty((max(1, plan.partials_size(shape)),), _F32)
-            arrivals = self._device.zeros((max(1, plan.arrivals_size(shape)),), _U32)
+            partials, arrivals = attention_scratch(self._scratch, plan, shape)
             self._planned[key] = PlannedAttention(plan, partials=partials, arrivals=arrivals, **sent)
         return self._planned[key]
 
@@ -135,6 +165,8 @@ class StagedDecode:
     context: they find no NaN that it does not, add nothing to a maximum over the batch, and write their K and V to
     `spare_block`. Every attention item has room for the partial results of the longest context.
     """
+
+    num_decode_rows: int | None = None  # all
 
     def __init__(
         self, device: Device, scratch: Scratch, shape: AttentionShape, S: int, blocks: int, block_size: int,
@@ -150,19 +182,20 @@ class StagedDecode:
         )
         plan = plan_attention(one_token_each, shape)
         n = len(plan.decode_items)
-        self._plan = replace(plan, num_partials=n * self._splits, most_splits=self._splits if n else 0)
+        first_partial, num_partials, rounds = in_rounds(np.full(n, self._splits), shape.partial_size(plan.partial_rows))
+        self._plan = replace(plan, num_partials=num_partials, most_splits=self._splits if n else 0, rounds=rounds)
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "positions", "slot_mapping"), (S,))
         shapes |= {"block_tables": (S, blocks)}
         shapes |= {"decode_items": plan.decode_items.shape, "prefill_items": plan.prefill_items.shape}
-        self._packed = PackedArrays(device, {name: (shape, _I32) for name, shape in shapes.items()})
+        layout = {name: (shape, _I32) for name, shape in shapes.items()}
+        self._packed = PackedArrays(device, layout, partial(scratch.take, "decode step"))
         self._packed.host["decode_items"][...] = plan.decode_items
-        self._packed.host["decode_items"][:, _FIRST_PARTIAL] = np.arange(n) * self._splits
+        self._packed.host["decode_items"][:, FIRST_PARTIAL] = first_partial
         self._packed.host["prefill_items"][...] = plan.prefill_items
         arrays = self._packed.device
         names = ("token_ids", "positions", "slot_mapping", "block_tables")
         self.token_ids, self.positions, self.slot_mapping, self.block_tables = (arrays[name] for name in names)
-        self._partials = scratch.take("attention partials", (max(1, self._plan.partials_size(shape)),), _F32)
-        self._arrivals = device.zeros((max(1, self._plan.arrivals_size(shape)),), _U32)
+        self._partials, self._arrivals = attention_scratch(scratch, self._plan, shape)
 
     def fill(self, batch: Batch) -> None:
         """Send another step's batch, of one new token per sequence."""
@@ -178,7 +211,7 @@ class StagedDecode:
         host["block_tables"][S:, :width] = batch.block_tables[shortest, :width]
         for name in ("decode_items", "prefill_items"):
             items = host[name]
-            items[:, _POSITION] = host["positions"][items[:, _SEQUENCE]]
+            items[:, POSITION] = host["positions"][items[:, SEQUENCE]]
         self._packed.send()
 
     def planned(self, shape: AttentionShape, window: int | None) -> PlannedAttention:
