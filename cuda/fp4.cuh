@@ -163,6 +163,11 @@ __device__ __forceinline__ Ue4m3 round_ue4m3(float s) {
     return {steps + (power >> 20) - (121u << 3), __fadd_rn(aligned, -aligner)};
 }
 
+// Nearest E4M3 code of x, saturating; the sign is x's.
+__device__ __forceinline__ u32 e4m3_code(float x) {
+    return round_ue4m3(fminf(fabsf(x), 448.0f)).byte | (__float_as_uint(x) >> 24 & 0x80u);
+}
+
 // A tile's scale: the stored scale of its block, the same in all the block's lanes, and what an element's unit is
 // worth. encode: sixteen codes, and the numbers they stand for in units, signed.
 struct E2m1TileScale {

@@ -11,10 +11,6 @@
 // 2 in (silu 4), 1 out. Reference: ReferenceOps.prepare_fp8, bit for bit.
 #include "prepare.cuh"
 
-__device__ __forceinline__ u32 e4m3_code(float x) {
-    return round_ue4m3(fminf(fabsf(x), 448.0f)).byte | (__float_as_uint(x) >> 24 & 0x80u);
-}
-
 template <class Source>
 __device__ __forceinline__ void prepare_fp8(const Source& from, uint4* codes, float* scale, int* invalid) {
     extern __shared__ uint4 made[];

@@ -14,7 +14,12 @@ kv_block_size: int
 
 def isa_names() -> list[str]: ...
 def new_kv_cache(
-    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+    num_layers: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: np.dtype[Any],
+    scales: NDArray[np.float32] | None = None,
 ) -> KVCache: ...
 
 @final

@@ -30,6 +30,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
     group.add_argument("--deterministic", action="store_true", help="GPU: the same bits in any batch, at a cost")
     group.add_argument("--dtype", default="auto", help="activations: auto | bfloat16 | float16 | float32")
+    group.add_argument("--kv-cache-dtype", default="auto", help="auto (as the activations) | fp8 (half the memory)")
     group.add_argument("--max-model-len", type=int, help="longest sequence, prompt and answer together, in tokens")
     group.add_argument(
         "--quant", default="auto", help="auto (as the checkpoint) | bf16 (as stored) | fp8 | w4a16 | nvfp4 | sharq | …"
@@ -55,6 +56,7 @@ def open_model(options: argparse.Namespace) -> LLM:
         deterministic=options.deterministic,
         dtype=options.dtype,
         max_model_len=options.max_model_len,
+        kv_cache_dtype=options.kv_cache_dtype,
         quant=options.quant,
         grade=options.grade,
         quant_head=options.quant_head,

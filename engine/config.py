@@ -96,6 +96,7 @@ class EngineConfig:
     max_num_seqs: int = 64  # sequences running at once
     max_num_batched_tokens: int = 512  # tokens per step; longer prefills are cut into chunks
     kv_cache_bytes: int | None = None  # memory for the KV cache
+    kv_cache_dtype: str = "auto"  # of K and V: "auto", as the activations; "fp8", E4M3, which holds twice the tokens
     enable_prefix_caching: bool = True
     threads: int | None = None  # CPU threads; None = physical cores available to this process
     deterministic: bool = False  # GPU: the same bits in any batch and chunk, at a cost; the CPU gives no others
@@ -107,7 +108,7 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
                 raise InvalidArgument(f"{name} must be a whole number from {least} up, not {value!r}")
-        for name in ("device", "dtype"):
+        for name in ("device", "dtype", "kv_cache_dtype"):
             if not isinstance(getattr(self, name), str):
                 raise InvalidArgument(f"{name} must be text, not {getattr(self, name)!r}")
 

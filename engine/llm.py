@@ -31,16 +31,17 @@ from engine.errors import (
 )
 from engine.generation_defaults import GenerationDefaults
 from engine.json_file import read_json
-from engine.loading import load_model
+from engine.loading import kv_cache_scales, load_model
 from engine.memory import available_memory
 from engine.models.quantization import read_quantization
 from engine.models.registry import read_config
 from engine.ops.backends import select_backend
 from engine.ops.contract import Ops
+from engine.ops.fp8 import E4M3
 from engine.progress import progress_bar
 from engine.quant.registry import AS_STORED, check_quant, resolve
 from engine.request import Request
-from engine.runner import ModelRunner, activation_dtype, plan_cache, sequence_length
+from engine.runner import ModelRunner, activation_dtype, cache_dtype, plan_cache, sequence_length
 from engine.sampler import check_against_vocab, resolve_seed
 from engine.scheduler import Scheduler, check_prompt_length
 from engine.tokenizer import Tokenizer
@@ -56,7 +57,8 @@ class LLM:
 
     model: "demo" (bundled), an alias such as "qwen2.5-7b", a Hugging Face repo id, or a directory.
     device, dtype, max_model_len, threads, deterministic, max_num_seqs, max_num_batched_tokens, kv_cache_bytes,
-    enable_prefix_caching: see `EngineConfig`; None or "auto" chooses, and `describe()` tells what was chosen.
+    kv_cache_dtype, enable_prefix_caching: see `EngineConfig`; None or "auto" chooses, and `describe()` tells what was
+    chosen.
     quant, grade, quant_head, quant_fallback, sharq_scale, sharq_compat: how linear layers store weights and take
     activations, see `QuantConfig` and `engine.quant.registry`.
     quant_cache: whether the quantised weights of a larger plain model are kept on disk (`engine.cache_directory`).
@@ -78,6 +80,7 @@ class LLM:
         max_num_seqs: int = EngineConfig.max_num_seqs,
         max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens,
         kv_cache_bytes: int | None = None,
+        kv_cache_dtype: str = EngineConfig.kv_cache_dtype,
         enable_prefix_caching: bool = True,
         use_generation_config: bool = True,
         quant: str = QuantConfig.method,
@@ -96,6 +99,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_bytes=kv_cache_bytes,
+            kv_cache_dtype=kv_cache_dtype,
             enable_prefix_caching=enable_prefix_caching,
             threads=threads,
             deterministic=deterministic,
@@ -117,6 +121,9 @@ class LLM:
         )
         self._dtype = activation_dtype(engine.dtype, self.config.dtype)
         sequence_length(self.config, engine)  # refused before gigabytes are read, not after
+        self._kv_dtype = cache_dtype(engine.kv_cache_dtype, self._dtype)
+        calibrated = self._kv_dtype == E4M3
+        self._kv_scales = kv_cache_scales(path, self._scheme, self.config.num_layers) if calibrated else None
         runner = self._load(engine, ops, path, cache=quant_cache, progress=progress)
         self._worker = self._start(engine, ops, runner, defaults.stop_token_ids)
         self._stop_worker = weakref.finalize(self, self._worker.close)
@@ -134,8 +141,15 @@ class LLM:
         bar = partial(progress_bar, shown=progress)
         loaded = load_model(self.config, path, ops, self._dtype, self.quant, self._scheme, cache=cache, progress=bar)
         self._weights = loaded.weights
-        self._plan = plan_cache(self.config, engine, ops, self._dtype.itemsize)
-        return ModelRunner(loaded.model, ops, self._plan, self._dtype, max_num_seqs=engine.max_num_seqs)
+        self._plan = plan_cache(self.config, engine, ops, self._kv_dtype)
+        return ModelRunner(
+            loaded.model,
+            ops,
+            self._plan,
+            self._dtype,
+            max_num_seqs=engine.max_num_seqs,
+            kv_scales=self._kv_scales,
+        )
 
     def _start(self, engine: EngineConfig, ops: Ops, runner: ModelRunner, stop_token_ids: Iterable[int]) -> Worker:
         pool = BlockPool(self._plan.num_blocks, ops.kv_block_size, enable_prefix_caching=engine.enable_prefix_caching)
@@ -144,6 +158,7 @@ class LLM:
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             max_model_len=self._plan.max_model_len,
+            short_prompt_tokens=ops.short_prompt_tokens,
         )
         # Some checkpoints name tokens beyond their vocabulary, which no answer can contain.
         eos_token_ids = [token for token in stop_token_ids if token < self.config.vocab_size]
@@ -234,7 +249,7 @@ class LLM:
             f"vocabulary {config.vocab_size}\n"
             f"device {self.device} ({self.kernel_path}), activations {self._dtype}\n"
             f"weights {config.dtype}, linear layers {self._weights}\n"
-            f"{self._plan}"
+            f"{self._plan}{'' if self._kv_scales is None else ', K and V scaled as the checkpoint says'}"
         )
 
     def close(self) -> None:

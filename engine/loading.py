@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.cache_directory import cache_directory
 from engine.config import ModelConfig, QuantConfig
 from engine.errors import InvalidArgument, NumericalError, WeightsError
+from engine.json_file import brief
 from engine.layers import Context
 from engine.models.decoder import Decoder
 from engine.models.linears import EMBEDDING, linear_modules
@@ -72,6 +74,27 @@ def load_model(
         with progress("loading") as update:
             fill_model(model, weights, ops, update)
     return Loaded(model, _described(quant, origin))
+
+
+def kv_cache_scales(directory: Path, scheme: QuantScheme | None, num_layers: int) -> NDArray[np.float32] | None:
+    """The scales [2, layers] of K and V that a checkpoint has for a cache in E4M3, 1 where a layer has none; None where
+    no layer has one. Raises WeightsError."""
+    if scheme is None or scheme.kv_cache is None:
+        return None
+    with LogicalCheckpoint(directory, scheme) as weights:
+        found = weights.kv_scales()
+    if not found:
+        return None
+    scales = np.ones((2, num_layers), np.float32)
+    for layer in range(num_layers):
+        attention = f"model.layers.{layer}.self_attn"
+        for row, x in enumerate("kv"):  # ModelOpt's name, compressed-tensors'
+            name = next((n for n in (f"{attention}.{x}_proj.{x}_scale", f"{attention}.{x}_scale") if n in found), None)
+            if name is not None:
+                scales[row, layer] = found.pop(name)
+    if found:
+        raise WeightsError(f"{directory}: {brief(next(iter(found)))} scales no K or V of {num_layers} layers")
+    return scales
 
 
 def fill_model(

@@ -19,6 +19,7 @@ from engine.core import Batch
 from engine.errors import CapacityError, InvalidArgument
 from engine.models.decoder import Decoder
 from engine.ops.contract import Array, KVCache, Ops
+from engine.ops.fp8 import E4M3
 from engine.sampler import SamplerState
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -33,6 +34,13 @@ def activation_dtype(name: str, stored: str) -> np.dtype[Any]:
     if name != "auto" and name not in DTYPES:
         raise InvalidArgument(f"unknown dtype {name!r}; choose auto or one of {', '.join(DTYPES)}")
     return DTYPES[stored if name == "auto" else name]
+
+
+def cache_dtype(name: str, activations: np.dtype[Any]) -> np.dtype[Any]:
+    """The KV cache's dtype, of `EngineConfig.kv_cache_dtype`. Raises InvalidArgument."""
+    if name not in ("auto", "fp8"):
+        raise InvalidArgument(f"unknown kv_cache_dtype {name!r}; choose auto (as the activations) or fp8")
+    return E4M3 if name == "fp8" else activations
 
 
 def sequence_length(model: ModelConfig, engine: EngineConfig) -> int:
@@ -54,20 +62,23 @@ class CachePlan:
     block_size: int  # tokens
     nbytes: int
     max_model_len: int  # tokens
+    dtype: np.dtype[Any]  # of K and V
 
     def __str__(self) -> str:
-        tokens = self.num_blocks * self.block_size
-        return f"KV cache {tokens} tokens ({self.nbytes / 2**20:.0f} MiB), sequences up to {self.max_model_len} tokens"
+        tokens, name = self.num_blocks * self.block_size, "FP8 (E4M3)" if self.dtype == E4M3 else str(self.dtype)
+        size = f"{tokens} tokens in {name} ({self.nbytes / 2**20:.0f} MiB)"
+        return f"KV cache {size}, sequences up to {self.max_model_len} tokens"
 
 
-def plan_cache(model: ModelConfig, engine: EngineConfig, ops: Ops, itemsize: int) -> CachePlan:
-    """Size the cache from the memory available now, capped by what max_num_seqs sequences of full length need.
+def plan_cache(model: ModelConfig, engine: EngineConfig, ops: Ops, dtype: np.dtype[Any]) -> CachePlan:
+    """Size the cache, K and V of this dtype, from the memory available now, capped by what max_num_seqs sequences of
+    full length need.
 
     Raises InvalidArgument as `sequence_length` does, CapacityError where a max_model_len that was asked for, or any
     sequence at all, cannot fit.
     """
     length, block_size = sequence_length(model, engine), ops.kv_block_size
-    block_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * block_size * itemsize
+    block_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * block_size * dtype.itemsize
     budget = ops.kv_cache_budget() if engine.kv_cache_bytes is None else engine.kv_cache_bytes
     num_blocks = min(engine.max_num_seqs * -(-length // block_size), budget // block_bytes)
     fitting = num_blocks * block_size
@@ -76,11 +87,15 @@ def plan_cache(model: ModelConfig, engine: EngineConfig, ops: Ops, itemsize: int
             f"a KV cache of {budget / 2**20:.1f} MiB holds {fitting} tokens, fewer than the wanted {length}; "
             f"lower max_model_len or raise kv_cache_bytes ({block_bytes} bytes per {block_size} tokens)"
         )
-    return CachePlan(num_blocks, block_size, num_blocks * block_bytes, min(length, fitting))
+    return CachePlan(num_blocks, block_size, num_blocks * block_bytes, min(length, fitting), dtype)
 
 
 class ModelRunner:
-    """Runs batches through a loaded model. Not thread-safe: one step at a time. Raises CapacityError for its cache."""
+    """Runs batches through a loaded model. Not thread-safe: one step at a time.
+
+    dtype: of activations. kv_scales: of a cache in FP8, see `Ops.new_kv_cache`. Raises CapacityError for its cache, and
+    InvalidArgument for a dtype that the backend does not do.
+    """
 
     def __init__(
         self,
@@ -90,6 +105,7 @@ class ModelRunner:
         dtype: np.dtype[Any],
         *,
         max_num_seqs: int = EngineConfig.max_num_seqs,
+        kv_scales: NDArray[np.float32] | None = None,
     ) -> None:
         config = model.config
         self._model = model
@@ -100,7 +116,9 @@ class ModelRunner:
                 num_blocks=plan.num_blocks,
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
-                dtype=dtype,
+                dtype=plan.dtype,
+                activations=dtype,
+                scales=kv_scales,
             )
         except MemoryError:
             raise CapacityError(

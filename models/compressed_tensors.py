@@ -44,8 +44,17 @@ def read_compressed_tensors(fields: Fields) -> QuantScheme:
         method="w4a16" if method == "nvfp4" and weights_only else method,
         rules=tuple(rules),
         ignore=tuple(_pattern(fields, "ignore", text) for text in fields.strings("ignore") or ()),
-        kv_cache="FP8" if fields.child("kv_cache_scheme") is not None else None,
+        kv_cache=read_kv_cache_scheme(fields),
     )
+
+
+def read_kv_cache_scheme(fields: Fields) -> str | None:
+    """What a cache's scales are for: "FP8", one for a tensor of E4M3, or "other"; None where nothing is said of one."""
+    scheme = fields.child("kv_cache_scheme")
+    if scheme is None:
+        return None
+    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    return "FP8" if all(scheme.raw(key) in (None, value) for key, value in wanted.items()) else "other"
 
 
 def _format(fields: Fields, group: Fields) -> str:

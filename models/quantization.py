@@ -11,7 +11,8 @@ Four conventions are read, each into the same `QuantScheme`:
 Everything that changes what the weights mean is checked, and what the engine does not do is refused by name. How the
 publisher meant activations to be quantised is noted (`QuantScheme.method`) but binds nobody: the user's `quant=`
 decides, and static input scales are not needed because activations are scaled as they come. A calibrated FP8 KV cache
-is noted as well; the engine's cache keeps the activations' type, which loses nothing against it.
+is noted as well: its scales serve where `kv_cache_dtype="fp8"` asks for such a cache; "auto" keeps the activations'
+type, which loses nothing against it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.json_file import brief, read_json
-from engine.models.compressed_tensors import read_compressed_tensors
+from engine.models.compressed_tensors import read_compressed_tensors, read_kv_cache_scheme
 from engine.models.fields import Fields
 from engine.quant.grades import GRADES
 from engine.quant.scheme import HEAD, Pattern, QuantScheme, Rule, Storage, WeightFormat
@@ -125,8 +126,8 @@ def _read_modelopt(own: Fields, second: Fields | None) -> QuantScheme:
 
 def _modelopt_kv_cache(sources: list[Fields]) -> str | None:
     algo = _agreed(sources, "kv_cache_quant_algo", lambda source: source.text("kv_cache_quant_algo").upper())
-    if algo is None and any("kv_cache_scheme" in source for source in sources):
-        return "FP8"  # config.json's spelling; the scales of any such cache are not used
+    if algo is None:  # config.json's spelling
+        return next((found for source in sources if (found := read_kv_cache_scheme(source))), None)
     return algo
 
 

@@ -4,7 +4,8 @@ stored as.
 Plain tensors pass through as arrays; a quantised weight comes out as `Fp4Matrix` or `Fp8Matrix`, payload and scales
 still views of the mapped files. Opening proves from the headers alone that files and configuration agree: each module
 that the scheme quantises has exactly the tensors its convention asks for, in shapes that fit, and no other module has
-any. Input scales are accounted for and not read; KV cache scales likewise, where the scheme speaks of such a cache.
+any. Input scales are accounted for and not read; KV cache scales, where the scheme speaks of such a cache, are read
+apart (`kv_scales`).
 Values (scales that are NaN, negative, infinite) are checked when a tensor is read, since that is when they are touched.
 """
 
@@ -29,7 +30,7 @@ from engine.quant.scheme import QuantScheme, Storage
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.parts import KV_SCALES, MARKS, parts_of
 from engine.weights.safetensors_file import TensorEntry
-from engine.weights.scales import block_scales, fp8_scales, global_scale, refuse_nan_codes
+from engine.weights.scales import block_scales, cache_scale, fp8_scales, global_scale, refuse_nan_codes
 
 Weight = NDArray[Any] | Fp4Matrix | Fp8Matrix
 
@@ -92,6 +93,16 @@ class LogicalCheckpoint:
         if isinstance(entry, TensorEntry):
             return self._files.tensor(name)
         return _fp8(entry, self._files) if entry.storage.format == "fp8" else _fp4(entry, self._files)
+
+    def kv_scales(self) -> dict[str, np.float32]:
+        """What K or V is divided by before it becomes E4M3, by the tensor's name; {} where no scale is for E4M3.
+
+        Raises WeightsError for a scale that is not one positive number.
+        """
+        if self.scheme is None or self.scheme.kv_cache != "FP8":
+            return {}
+        names = [name for name in self._files.names() if name.rpartition(".")[2] in KV_SCALES]
+        return {name: cache_scale(self._files.entry(name), self._files) for name in names}
 
     def release(self, name: str) -> None:
         """Give the pages of all the tensor's parts back to the system."""

@@ -43,8 +43,14 @@ def global_scale(entry: TensorEntry, files: Checkpoint, *, divides: bool) -> np.
     stored = np.float32(files.tensor(entry.name).reshape(-1)[0])
     with np.errstate(divide="ignore", over="ignore"):
         g = np.float32(1) / stored if divides else stored
-    _refuse(entry, not (stored > 0 and np.isfinite(stored) and np.isfinite(g) and g > 0), f"the global scale {stored}")
+    _refuse(entry, not (stored > 0 and np.isfinite(stored) and np.isfinite(g) and g > 0), f"the scale {stored}")
     return np.float32(g)
+
+
+def cache_scale(entry: TensorEntry, files: Checkpoint) -> np.float32:
+    """The scale of a layer's K or V. Raises WeightsError unless it is one number, positive and finite."""
+    _refuse(entry, entry.shape not in ((), (1,)), f"scales of shape {list(entry.shape)}; the KV cache takes one number")
+    return global_scale(entry, files, divides=False)
 
 
 def fp8_scales(entry: TensorEntry, files: Checkpoint) -> F32:

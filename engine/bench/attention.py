@@ -28,6 +28,7 @@ from engine.cli import say
 from engine.config import ModelConfig
 from engine.core import Batch
 from engine.errors import InvalidArgument
+from engine.runner import cache_dtype
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 _FILL_ROWS = 4096  # tokens whose K and V are written at once
@@ -47,8 +48,8 @@ class Case:
     def name(self) -> str:
         return f"prefill {self.new}" if self.new > 1 else f"decode S = {self.S}, {self.context}"
 
-    def kv_bytes(self, config: ModelConfig) -> int:
-        return self.S * self.context * 2 * config.num_kv_heads * config.head_dim * BF16.itemsize
+    def kv_bytes(self, config: ModelConfig, dtype: np.dtype[Any]) -> int:
+        return self.S * self.context * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
 
     def operations(self, config: ModelConfig) -> int:
         """Multiplications and additions of q·k and p·v."""
@@ -78,6 +79,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context", nargs="*", type=int, default=[512, 4096, 32768], help="of decoding sequences")
     group.add_argument("--batch", nargs="+", type=int, default=[1, 16], help="decoding sequences (default: 1 16)")
     group.add_argument("--prefill", nargs="*", type=int, default=[512, 2048, 8192], help="prompt lengths")
+    group.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="auto: bfloat16")
     group.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:extension (default: %(default)s)")
     group.add_argument("--deterministic", action="store_true", help="GPU: the same bits in any batch and chunk")
     group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
@@ -90,7 +92,7 @@ def main(options: argparse.Namespace) -> None:
     lengths = [*options.context, *options.prefill, *options.batch]
     if not lengths or min(lengths) < 1:
         raise InvalidArgument("--context, --batch and --prefill count from 1")
-    config = any_config(options.model)
+    config, kv = any_config(options.model), cache_dtype(options.kv_cache_dtype, BF16)
     cases = [Case(S, context, 1) for context in options.context for S in options.batch]
     cases += [Case(1, T, T) for T in options.prefill]
     device = bench_device(options.device, options.threads, options.deterministic)
@@ -100,16 +102,17 @@ def main(options: argparse.Namespace) -> None:
     rows: list[Row] = []
     skipped: list[str] = []
     for case in cases:
-        if 2 * case.kv_bytes(config) > device.available_memory() * _MEMORY_SHARE:
-            skipped.append(f"{case.name}: {case.kv_bytes(config) / 1e9:.1f} GB of K and V do not fit")
+        if 2 * case.kv_bytes(config, kv) > device.available_memory() * _MEMORY_SHARE:
+            skipped.append(f"{case.name}: {case.kv_bytes(config, kv) / 1e9:.1f} GB of K and V do not fit")
             say(f"skipped: {skipped[-1]}")
             continue
         say(case.name)
-        subjects = {_CEILING: [reader], case.name: list(_calls(case, config, device))}
-        rows.append(_row(case, config, interleaved(device, subjects, options.seconds), read_bytes))
+        subjects = {_CEILING: [reader], case.name: list(_calls(case, config, kv, device))}
+        rows.append(_row(case, config, kv, interleaved(device, subjects, options.seconds), read_bytes))
     report = {
         "what": "attention over a paged cache: medians over interleaved rounds",
         "model": options.model,
+        "kv_cache_dtype": str(kv),
         "kernel_path": device.ops.kernel_path,
         "read_gb_per_s": round(ceiling / 1e9, 2),
         "skipped": skipped,
@@ -120,13 +123,15 @@ def main(options: argparse.Namespace) -> None:
     write_report(options, report, as_table(report))
 
 
-def _calls(case: Case, config: ModelConfig, device: BenchDevice) -> Iterator[Call]:
+def _calls(case: Case, config: ModelConfig, kv: np.dtype[Any], device: BenchDevice) -> Iterator[Call]:
     """One per layer, each with a cache of its own."""
     ops, H, KVH, D = device.ops, config.num_heads, config.num_kv_heads, config.head_dim
-    layers = copies_for(case.kv_bytes(config), device.rotation_bytes)
+    layers = copies_for(case.kv_bytes(config, kv), device.rotation_bytes)
     batch = case.batch(ops.kv_block_size)
     blocks = batch.block_tables.size
-    cache = ops.new_kv_cache(num_layers=layers, num_blocks=blocks, num_kv_heads=KVH, head_dim=D, dtype=BF16)
+    cache = ops.new_kv_cache(
+        num_layers=layers, num_blocks=blocks, num_kv_heads=KVH, head_dim=D, dtype=kv, activations=BF16
+    )
     slots = blocks * ops.kv_block_size
     values = np.random.default_rng(2).standard_normal((min(slots, _FILL_ROWS), (H + 2 * KVH) * D), np.float32)
     qkv = device.array(values.astype(BF16))
@@ -163,9 +168,9 @@ def _fill(cache: Any, layer: int, slots: int, qkv: Any, config: ModelConfig, dev
         )
 
 
-def _row(case: Case, config: ModelConfig, times: dict[str, list[float]], read_bytes: int) -> Row:
+def _row(case: Case, config: ModelConfig, kv: np.dtype[Any], times: dict[str, list[float]], read_bytes: int) -> Row:
     seconds = times[case.name]
-    nbytes = case.kv_bytes(config)
+    nbytes = case.kv_bytes(config, kv)
     decode = case.new == 1
     shares = [nbytes / own / (read_bytes / read) for own, read in zip(seconds, times[_CEILING], strict=True)]
     median = statistics.median(seconds)
@@ -184,7 +189,10 @@ def _row(case: Case, config: ModelConfig, times: dict[str, list[float]], read_by
 
 
 def as_table(report: dict[str, Any]) -> str:
-    about = f"{report['model']}: {report['kernel_path']}; memory read at {report['read_gb_per_s']} GB/s"
+    about = (
+        f"{report['model']}, K and V {report['kv_cache_dtype']}: {report['kernel_path']}; "
+        f"memory read at {report['read_gb_per_s']} GB/s"
+    )
     columns = ["test", "µs", "MB of K and V", "GB/s", "of the ceiling", "TFLOP/s"]
     lines: list[Sequence[object]] = [
         [

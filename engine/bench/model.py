@@ -51,7 +51,7 @@ from engine.models.registry import read_config
 from engine.ops.contract import Ops
 from engine.progress import progress_bar
 from engine.quant.registry import resolve
-from engine.runner import ModelRunner, activation_dtype, plan_cache
+from engine.runner import ModelRunner, activation_dtype, cache_dtype, plan_cache
 from engine.weights.locate import locate
 
 _STEP = 512  # tokens of a prompt that are run at once, the engine's own default
@@ -64,6 +64,7 @@ class Model:
     decoder: Decoder
     quant: QuantConfig
     dtype: np.dtype[Any]
+    kv_dtype: np.dtype[Any]
     embedding_bytes: int  # 0 where the head is the same matrix
     load_seconds: float
 
@@ -90,6 +91,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--grade", default=None, help="weight grade (default: sweep; shapes: rtn, as values are random)")
     group.add_argument("--quant-head", help="lm_head: bf16 | fp8 | nvfp4 (default: as the checkpoint)")
     group.add_argument("--quant-fallback", help="bf16: layers that do not fit the method stay as stored")
+    group.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="auto: as the activations")
     group.add_argument("--pp", nargs="*", type=int, default=[512], help="prompt lengths (default: 512)")
     group.add_argument("--tg", nargs="*", type=int, default=[128], help="tokens to generate (default: 128)")
     group.add_argument("--depth", nargs="+", type=int, default=[0], help="tokens there before (default: 0)")
@@ -114,7 +116,7 @@ def main(options: argparse.Namespace) -> None:
     say(f"{device.ops.kernel_path}: memory read at {bandwidth / 1e9:.1f} GB/s")
     model = _load(options, device.ops)
     longest = max((test.depth + test.count for test in tests), default=2)
-    sequence = OneSequence(model.decoder, device.ops, model.dtype, longest)
+    sequence = OneSequence(model.decoder, device.ops, model.dtype, longest, model.kv_dtype)
     config = model.decoder.config
     rates = measure(sequence, tests, device, options.repetitions, config.vocab_size) if tests else {}
     rows = [_row(test, rates[test], model, bandwidth) for test in tests]
@@ -129,6 +131,7 @@ def main(options: argparse.Namespace) -> None:
         "quant": model.quant.method,
         "grade": model.quant.grade,
         "head": model.quant.head,
+        "kv_cache_dtype": str(model.kv_dtype),
         "kernel_path": device.ops.kernel_path,
         "read_gb_per_s": round(bandwidth / 1e9, 2),
         "load_seconds": round(model.load_seconds, 2),
@@ -181,7 +184,9 @@ def _load(options: argparse.Namespace, ops: Ops) -> Model:
         dtype = activation_dtype("auto", config.dtype)
         bar = partial(progress_bar, shown=True)
         decoder = load_model(config, path, ops, dtype, quant, scheme, cache=False, progress=bar).model
-    return Model(decoder, quant, dtype, _embedding_bytes(config, quant), time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    kv_dtype = cache_dtype(options.kv_cache_dtype, dtype)
+    return Model(decoder, quant, dtype, kv_dtype, _embedding_bytes(config, quant), seconds)
 
 
 def _embedding_bytes(config: ModelConfig, quant: QuantConfig) -> int:
@@ -238,7 +243,7 @@ def _row(test: Test, rates: list[float], model: Model, bandwidth: float) -> Row:
 def graph_row(S: int, depth: int, model: Model, device: BenchDevice, bandwidth: float, repetitions: int) -> Row:
     """A step of S sequences, captured once and repeated: its first layer writes K and V that are there already."""
     config = model.decoder.config
-    plan = plan_cache(config, EngineConfig(max_model_len=depth + 2, max_num_seqs=S), device.ops, model.dtype.itemsize)
+    plan = plan_cache(config, EngineConfig(max_model_len=depth + 2, max_num_seqs=S), device.ops, model.kv_dtype)
     runner = ModelRunner(model.decoder, device.ops, plan, model.dtype)
     batch = Case(S, depth + 1, 1).batch(plan.block_size)
 
@@ -261,7 +266,7 @@ def graph_row(S: int, depth: int, model: Model, device: BenchDevice, bandwidth: 
 
 def kv_bytes_per_token(model: Model) -> int:
     config = model.decoder.config
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.kv_dtype.itemsize
 
 
 def bytes_per_token(test: Test, model: Model) -> float:
@@ -274,8 +279,8 @@ def as_table(report: dict[str, Any]) -> str:
     weights = "random weights" if report["random_weights"] else "as loaded"
     grade = f", grade {report['grade']}" if report["grade"] else ""
     about = (
-        f"{report['model']} ({weights}): {report['quant']}{grade}, head {report['head']}; {report['kernel_path']}; "
-        f"memory read at {report['read_gb_per_s']} GB/s. {report['machine']['cpu']}"
+        f"{report['model']} ({weights}): {report['quant']}{grade}, head {report['head']}, K and V "
+        f"{report['kv_cache_dtype']}; {report['kernel_path']}; memory read at {report['read_gb_per_s']} GB/s. {report['machine']['cpu']}"
     )
     lines = [
         [

@@ -23,11 +23,14 @@ _GREEDY = SamplerState(SamplingParams(temperature=0.0), seed=0)
 class OneSequence:
     """A sequence of up to `length` tokens; positions may be run again, which overwrites them.
 
-    Raises as `plan_cache` does.
+    dtype: of activations; kv_dtype: of K and V, None: the same. Raises as `plan_cache` does.
     """
 
-    def __init__(self, model: Decoder, ops: Ops, dtype: np.dtype[Any], length: int) -> None:
-        plan = plan_cache(model.config, EngineConfig(max_model_len=length, max_num_seqs=1), ops, dtype.itemsize)
+    def __init__(
+        self, model: Decoder, ops: Ops, dtype: np.dtype[Any], length: int, kv_dtype: np.dtype[Any] | None = None
+    ) -> None:
+        engine = EngineConfig(max_model_len=length, max_num_seqs=1)
+        plan = plan_cache(model.config, engine, ops, dtype if kv_dtype is None else kv_dtype)
         self._runner = ModelRunner(model, ops, plan, dtype)
         self._block_table = np.arange(plan.num_blocks, dtype=np.int32)[None, :]
         self.cache_bytes = plan.nbytes

@@ -8,7 +8,8 @@ Guarantees each backend gives:
 * fp32 accumulation, one rounding to the output's dtype;
 * a row's result depends on that row alone (and for attention on its own sequence), bitwise: never on T, on the other
   rows, on how a prefill was cut into chunks or on the number of threads. Hence every reduction order is a function of
-  K, D or the absolute position alone;
+  K, D or the absolute position alone, and, where a backend has `short_prompt_tokens`, of whether it is a decode row or a
+  prefill row: `Batch.num_decode_rows`, which products are given as well. Backends without have one order and ignore it;
 * `rms_norm`, `rope_and_cache`, `silu_mul`, `embed` and the codes of `prepare_*` and `quantize_weight` have the same
   bits on every backend (their arithmetic is fixed in `reference`, `engine.ops.fp4` and `engine.ops.fp8`); `linear`,
   `fp4_linear`, `w4a16_linear`, `fp8_linear`, `w8a16_linear` and `attention` may differ between backends in accumulation
@@ -78,7 +79,12 @@ class Fp4Operand(Protocol):
 
 
 class KVCache(Protocol):
-    """Paged K and V of all layers in the backend's own layout; `block_size` tokens a block."""
+    """Paged K and V of all layers in the backend's own layout; `block_size` tokens a block.
+
+    They have the activations' dtype, or are E4M3 codes: K after its rotation and V, each rounded once, from fp32, to
+    e4m3(clamp(fp32(x / scale), ±448)), nearest, ties to even, and read as code × scale, exactly. The scale is one of a
+    layer's K or V and fixed for the cache's life.
+    """
 
     @property
     def num_blocks(self) -> int: ...
@@ -119,6 +125,7 @@ class Ops(Protocol):
 
     kernel_path: str  # what runs, for the user: "avx512-bf16, 2 threads" | "numpy"
     kv_block_size: int  # tokens per KV block this backend's layout wants
+    short_prompt_tokens: int | None  # prompts of more have prefill rows (`engine.scheduler`); None: no row is one
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Uninitialised memory this backend can write to (64-byte aligned on the CPU)."""
@@ -152,11 +159,13 @@ class Ops(Protocol):
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         """out = x · weightᵀ + bias + residual.
 
         x [T, K]; bias [N]; residual [T, N] of x's dtype; out [T, N] of x's dtype or float32. Products and sums in fp32
         (a bf16 × bf16 product is exact there); bias, then residual are added in fp32 before the one rounding.
+        num_decode_rows: as in the step's `Batch`.
         """
 
     def prepare_sharq(
@@ -208,6 +217,7 @@ class Ops(Protocol):
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         """out = (backbone + residual path) · weightᵀ · g · g_w + bias + residual; the weight's format is the operand's.
 
@@ -224,6 +234,7 @@ class Ops(Protocol):
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         """The same with activations x [T, K] as they are: out = x · (weight's values)ᵀ + bias + residual."""
 
@@ -247,6 +258,7 @@ class Ops(Protocol):
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         """out = operand · weightᵀ + bias + residual, scales included; weight: from this backend's `pack_fp8`.
 
@@ -262,6 +274,7 @@ class Ops(Protocol):
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         """The same with activations x [T, K] as they are: out = x · (weight's values)ᵀ + bias + residual."""
 
@@ -278,9 +291,21 @@ class Ops(Protocol):
         """Bytes that a KV cache may take now unless told otherwise."""
 
     def new_kv_cache(
-        self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: np.dtype[Any],
+        activations: np.dtype[Any] | None = None,
+        scales: NDArray[np.float32] | None = None,
     ) -> KVCache:
-        """Zeroed cache of num_blocks · kv_block_size token slots per layer."""
+        """Zeroed cache of num_blocks · kv_block_size token slots per layer.
+
+        dtype: of K and V, the activations' or ml_dtypes.float8_e4m3fn; activations: theirs, None where it is the same.
+        scales [2, layers], of E4M3's K and V; None: 1. Raises InvalidArgument for what the backend does not do.
+        """
 
     def new_steps(self, cache: Any, *, num_heads: int, max_num_seqs: int) -> Steps | None:
         """For a model of so many query heads, whose K and V this cache takes; None where steps are run operation by
@@ -303,7 +328,8 @@ class Ops(Protocol):
 
         qkv [T, (H + 2·KVH)·D] = q | k | v; rope_table [P, D] = cos [D/2] | sin [D/2] per position, with
         out_i = x_i·cos_i − x_{i+D/2}·sin_i and out_{i+D/2} = x_{i+D/2}·cos_i + x_i·sin_i in fp32. Rows go to
-        batch.slot_mapping. out [T, H·D] receives the rotated q.
+        batch.slot_mapping. out [T, H·D] receives the rotated q. With an E4M3 cache it raises NumericalError where K or
+        V holds NaN or infinity.
         """
 
     def attention(

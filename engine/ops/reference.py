@@ -199,6 +199,7 @@ class ReferenceKVCache:
 
     k: Array  # [layers, blocks, block_size, KVH, D]
     v: Array  # [layers, blocks, block_size, KVH, D]
+    scales: F32 | None = None  # [2, layers]: of E4M3's K and V
 
     @property
     def num_blocks(self) -> int:
@@ -218,6 +219,7 @@ class ReferenceOps:
 
     kernel_path = "numpy"
     kv_block_size = KV_BLOCK_SIZE
+    short_prompt_tokens: int | None = None
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         dtype = np.dtype(dtype)
@@ -253,6 +255,7 @@ class ReferenceOps:
         out: Array,
         bias: F32 | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         row = self.empty((weight.K,), np.dtype(np.float32))  # one place for every row: BLAS may look at alignment
         for t in range(x.shape[0]):
@@ -318,6 +321,7 @@ class ReferenceOps:
         out: Array,
         bias: F32 | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         return _finish(product.matmul(operand, weight.matrix), bias, residual, out)
 
@@ -330,6 +334,7 @@ class ReferenceOps:
         out: Array,
         bias: F32 | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         values = product.block_values(weight.matrix)
         row = self.empty((weight.K,), np.dtype(np.float32))  # as in linear
@@ -374,6 +379,7 @@ class ReferenceOps:
         out: Array,
         bias: F32 | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         y = self._fp8_products(fp8.decode(operand.codes), weight)
         return _finish(y * operand.scale[:, None], bias, residual, out)
@@ -387,6 +393,7 @@ class ReferenceOps:
         out: Array,
         bias: F32 | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         return _finish(self._fp8_products(_f32(x), weight), bias, residual, out)
 
@@ -430,10 +437,19 @@ class ReferenceOps:
         """None: there is no device to keep busy."""
 
     def new_kv_cache(
-        self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: np.dtype[Any],
+        activations: np.dtype[Any] | None = None,
+        scales: F32 | None = None,
     ) -> ReferenceKVCache:
         shape = (num_layers, num_blocks, KV_BLOCK_SIZE, num_kv_heads, head_dim)
-        return ReferenceKVCache(np.zeros(shape, dtype), np.zeros(shape, dtype))
+        scales = fp8.cache_scales(dtype, scales, num_layers)
+        return ReferenceKVCache(np.zeros(shape, dtype), np.zeros(shape, dtype), scales)
 
     @np.errstate(over="ignore", invalid="ignore")
     def rope_and_cache(
@@ -449,7 +465,7 @@ class ReferenceOps:
         eps: float,
         out: Array,
     ) -> Array:
-        """Norm and rotation are fp32 throughout; q and k are rounded once, to out's and the cache's dtype."""
+        """Norm and rotation are fp32 throughout; q and k are rounded once, to out's and the cache's type."""
         KVH, D = cache.k.shape[3:]
         heads = _f32(qkv).reshape(qkv.shape[0], -1, D)
         H = heads.shape[1] - 2 * KVH
@@ -460,7 +476,10 @@ class ReferenceOps:
             k = _normalise(k, k_norm, eps)
         cos, sin = np.split(rope_table[batch.positions][:, None, :], 2, axis=-1)
         block, offset = np.divmod(batch.slot_mapping, cache.block_size)
-        cache.k[layer, block, offset] = _rotate(k, cos, sin)
+        k = _rotate(k, cos, sin)
+        if cache.scales is not None:
+            k, v = (_e4m3(x, scale) for x, scale in zip((k, v), cache.scales[:, layer], strict=True))
+        cache.k[layer, block, offset] = k
         cache.v[layer, block, offset] = v
         out[...] = _rotate(q, cos, sin).reshape(out.shape)
         return out
@@ -482,6 +501,8 @@ class ReferenceOps:
         rows = q.astype(np.float64).reshape(q.shape[0], KVH, -1, D)
         for s, context_len in enumerate(batch.context_lens):
             k, v = (_gather(pages[layer], batch.block_tables[s], context_len) for pages in (cache.k, cache.v))
+            if cache.scales is not None:
+                k, v = k * cache.scales[0, layer], v * cache.scales[1, layer]
             for t in range(batch.query_start[s], batch.query_start[s + 1]):
                 stop = int(batch.positions[t]) + 1
                 start = 0 if window is None else max(0, stop - window)
@@ -499,6 +520,14 @@ def _finish(y: F32, bias: F32 | None, residual: Array | None, out: Array) -> Arr
         y = y + _f32(residual)
     out[...] = y
     return out
+
+
+def _e4m3(x: F32, scale: np.float32) -> Array:
+    """x as an E4M3 cache holds it. Raises NumericalError (NaN, infinity)."""
+    if not np.isfinite(x).all():
+        raise NumericalError("K or V holds NaN or infinity, which a KV cache in FP8 cannot hold")
+    codes: Array = fp8.encode(x / np.float32(scale)).view(fp8.E4M3)
+    return codes
 
 
 def _gather(pages: Array, block_table: NDArray[np.int32], context_len: int) -> NDArray[np.float64]:

@@ -76,7 +76,7 @@ class QuantScheme:
     rules: tuple[Rule, ...]
     ignore: tuple[Pattern, ...] = ()
     grade: str | None = None  # how the scales were chosen, where the file says
-    kv_cache: str | None = None  # the KV cache's format the file has scales for; ours keeps the activations' type
+    kv_cache: str | None = None  # the KV cache's format the file may have scales for; "FP8": one for a tensor of E4M3
 
     def storage(self, module: str) -> Storage | None:
         """How the linear layer `module` is stored; None: plain."""

@@ -17,7 +17,8 @@ The C++ beside it, in reading order:
     prepare_fp4.cpp  fp4_quantize.h  fp4_lanes.h   activations into FP4, bit for bit `engine.ops.fp4`
     quantize_weight.cpp       weights into FP4, bit for bit `engine.ops.fp4.grades`
     fp4_linear.cpp  w4a16_linear.cpp  fp4_dot.h    products with FP4 weights
-    fp8_tiles.h  packed_fp8.*  prepare_fp8.cpp  fp8_linear.cpp   the same in FP8, bit for bit `engine.ops.fp8`
+    e4m3_lanes.h  fp8_tiles.h  packed_fp8.*    the same in FP8, bit for bit `engine.ops.fp8`
+    prepare_fp8.cpp  fp8_linear.cpp
     attention_plan.*          how attention is shared out among threads
     bindings.*  bind_*.cpp    argument checks and the Python interface
 
@@ -42,6 +43,7 @@ from engine.ops.contract import Array, Norm
 from engine.ops.cpu.threads import default_threads
 from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
+from engine.ops.fp8 import cache_scales
 
 _ALIGNMENT = 64  # bytes: a cache line, an AVX-512 register
 
@@ -61,6 +63,7 @@ class CpuOps:
     """
 
     kv_block_size: int = _native.kv_block_size
+    short_prompt_tokens: int | None = None
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         self.threads = default_threads() if threads is None else threads
@@ -104,6 +107,7 @@ class CpuOps:
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         self._native.linear(x, weight, out, bias, residual)
         return out
@@ -156,6 +160,7 @@ class CpuOps:
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         self._native.fp4_linear(operand, weight, out, bias, residual)
         return out
@@ -168,6 +173,7 @@ class CpuOps:
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         self._native.w4a16_linear(x, weight, out, bias, residual)
         return out
@@ -190,6 +196,7 @@ class CpuOps:
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         self._native.fp8_linear(operand.codes, operand.scale, weight, out, bias, residual)
         return out
@@ -202,6 +209,7 @@ class CpuOps:
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         self._native.w8a16_linear(x, weight, out, bias, residual)
         return out
@@ -225,9 +233,19 @@ class CpuOps:
         """None: there is no device to keep busy."""
 
     def new_kv_cache(
-        self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: np.dtype[Any],
+        activations: np.dtype[Any] | None = None,
+        scales: NDArray[np.float32] | None = None,
     ) -> KVCache:
-        return _native.new_kv_cache(num_layers, num_blocks, num_kv_heads, head_dim, np.dtype(dtype))
+        scales = cache_scales(dtype, scales, num_layers)
+        flat = None if scales is None else scales.reshape(-1)
+        return _native.new_kv_cache(num_layers, num_blocks, num_kv_heads, head_dim, np.dtype(dtype), flat)
 
     def rope_and_cache(
         self,

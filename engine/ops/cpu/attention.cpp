@@ -11,12 +11,12 @@
 // rows that see a token, so that no row ever touches a value it should not see (a stale NaN, another row's future).
 //
 // bf16 on avx512-bf16: scores by vdpbf16ps (fp32 accumulation; subnormal inputs and results count as 0). Everything
-// else converts to fp32, exactly. Weights are not rounded.
+// else converts to fp32, exactly. Weights are not rounded. Of an E4M3 cache each item expands a chunk at a time to tiles
+// of bf16, which its rows then share; K's scale is a factor of the scores', V's one of the result.
 
 #include "attention_args.h"
+#include "e4m3_lanes.h"
 #include "kernels.h"
-#include "simd.h"
-#include "fp32_math.h"
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -63,32 +63,19 @@ static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
 // One step through a K tile: what it loads for 16 tokens, and the query units of a row it meets. Queries of a tile of
-// rows lie in the order of use, [step] [unit] [rows].
-template <class T>  // float, f16: one element
+// rows lie in the order of use, [step] [unit] [rows]. T: of the queries; K: of the tile, T or bf16.
+template <class T, class K>  // float, f16: one element
 struct Keys {
     using Query = float;
     static constexpr int kElements = 1, kUnits = 1;
     F32x16 k;
 
-    explicit Keys(const T* tile) : k(load(tile)) {}
+    explicit Keys(const K* tile) : k(load(tile)) {}
     F32x16 add(F32x16 sum, const float* q, int) const { return mul_add(k, broadcast(*q), sum); }
 };
 
-#if ENGINE_ISA_LEVEL >= 3
-template <>
-struct Keys<bf16> {  // a pair, by the dot product instruction
-    using Query = int32_t;
-    static constexpr int kElements = 2, kUnits = 1;
-    I32x16 k;
-
-    explicit Keys(const bf16* tile) : k(load_i32(tile)) {}
-    F32x16 add(F32x16 sum, const int32_t* q, int) const {
-        return {_mm512_dpbf16_ps(sum.v, (__m512bh)k.v, (__m512bh)_mm512_set1_epi32(*q))};
-    }
-};
-#else
-template <>
-struct Keys<bf16> {  // a pair, widened to two fp32
+template <class T>
+struct Keys<T, bf16> {  // a pair, widened to two fp32
     using Query = float;
     static constexpr int kElements = 2, kUnits = 2;
     F32x16 even, odd;
@@ -98,6 +85,19 @@ struct Keys<bf16> {  // a pair, widened to two fp32
           odd(bits_to_float(load_i32(tile) & broadcast_i32(static_cast<int32_t>(0xffff0000)))) {}
     F32x16 add(F32x16 sum, const float* q, int rows) const {
         return mul_add(odd, broadcast(q[rows]), mul_add(even, broadcast(*q), sum));
+    }
+};
+
+#if ENGINE_ISA_LEVEL >= 3
+template <>
+struct Keys<bf16, bf16> {  // a pair, by the dot product instruction
+    using Query = int32_t;
+    static constexpr int kElements = 2, kUnits = 1;
+    I32x16 k;
+
+    explicit Keys(const bf16* tile) : k(load_i32(tile)) {}
+    F32x16 add(F32x16 sum, const int32_t* q, int) const {
+        return {_mm512_dpbf16_ps(sum.v, (__m512bh)k.v, (__m512bh)_mm512_set1_epi32(*q))};
     }
 };
 #endif
@@ -118,30 +118,30 @@ void pack_query(const T* q, int64_t D, int32_t* tile, int row, int rows) {
 }
 
 // Unscaled scores [rows, kChunk] of `blocks` neighbouring blocks.
-template <class T, int rows, int blocks>
-void score(const typename Keys<T>::Query* q, const T* const* k, const T* const* next, int64_t D, float* scores) {
+template <class T, class K, int rows, int blocks>
+void score(const typename Keys<T, K>::Query* q, const K* const* k, const K* const* next, int64_t D, float* scores) {
     F32x16 sums[rows][blocks];
     for (int r = 0; r < rows; ++r)
         for (int b = 0; b < blocks; ++b) sums[r][b] = zero();
-    for (int64_t at = 0; at < D * kLanes; at += Keys<T>::kElements * kLanes) {
+    for (int64_t at = 0; at < D * kLanes; at += Keys<T, K>::kElements * kLanes) {
         for (int b = 0; b < blocks; ++b) {
-            const Keys<T> keys(k[b] + at);
+            const Keys<T, K> keys(k[b] + at);
             prefetch(next[b] + at);
             for (int r = 0; r < rows; ++r) sums[r][b] = keys.add(sums[r][b], q + r, rows);
         }
-        q += Keys<T>::kUnits * rows;
+        q += Keys<T, K>::kUnits * rows;
     }
     for (int r = 0; r < rows; ++r)
         for (int b = 0; b < blocks; ++b) store(scores + r * kChunk + b * kLanes, sums[r][b]);
 }
 
 // Blocks [begin, end) at least, as many at a time as there are registers for: 1, 2 or 4.
-template <class T, int rows>
-void score_chunk(const typename Keys<T>::Query* q, const Tiles<T>& now, const Tiles<T>& next, int begin, int end,
+template <class T, class K, int rows>
+void score_chunk(const typename Keys<T, K>::Query* q, const Tiles<K>& now, const Tiles<K>& next, int begin, int end,
                  int64_t D, float* scores) {
     constexpr int step = kSums / rows >= 4 ? 4 : kSums / rows >= 2 ? 2 : 1;
     for (int b = begin / step * step; b < end; b += step)
-        score<T, rows, step>(q, now.k + b, next.k + b, D, scores + b * kLanes);
+        score<T, K, rows, step>(q, now.k + b, next.k + b, D, scores + b * kLanes);
 }
 
 // ---- weights --------------------------------------------------------------------------------------------------------
@@ -255,29 +255,52 @@ void add_seen_values(const Stretch& all, const Seen* seen, int rows, const Tiles
 // ---- an item --------------------------------------------------------------------------------------------------------
 
 // One thread's memory for one item.
-template <class T>
+template <class T, class K>
 struct Workspace {
-    typename Keys<T>::Query* queries;  // per tile of rows, see Keys
-    float* output;                     // [rows, DV]
-    RowState* states;                  // [rows]
-    float* weights;                    // [kTileRows, kChunk]
+    typename Keys<T, K>::Query* queries;  // per tile of rows, see Keys
+    float* output;                        // [rows, DV]
+    RowState* states;                     // [rows]
+    float* weights;                       // [kTileRows, kChunk]
+    char* expanded;                       // a chunk's blocks of E4M3 in bf16, K and V tile each
 };
 
-static inline int64_t workspace_bytes(int64_t D) {
-    const int64_t DV = value_stride(D);
+// Of one block, K and V.
+static inline int64_t expanded_bytes(const KVLayer& kv) { return kv.type == DType::e4m3 ? 2 * tile_pair_bytes(kv) : 0; }
+
+static inline int64_t workspace_bytes(const KVLayer& kv) {
+    const int64_t D = kv.D, DV = value_stride(D);
     const int64_t bytes = 4 * (kItemRows * (D + DV) + kTileRows * kChunk) + kItemRows * int64_t{sizeof(RowState)};
-    return ceil_div(bytes, 64) * 64;
+    return ceil_div(bytes, 64) * 64 + kChunkBlocks * expanded_bytes(kv);
 }
 
-template <class T>
-Workspace<T> carve(char* memory, int64_t D) {
-    const int64_t DV = value_stride(D);
-    Workspace<T> w;
-    w.states = reinterpret_cast<RowState*>(memory);
+template <class T, class K>
+Workspace<T, K> carve(char* memory, const KVLayer& kv) {
+    Workspace<T, K> w;
+    w.expanded = memory;  // whole lines of the cache
+    w.states = reinterpret_cast<RowState*>(memory + kChunkBlocks * expanded_bytes(kv));
     w.weights = reinterpret_cast<float*>(w.states + kItemRows);
     w.output = w.weights + kTileRows * kChunk;
-    w.queries = reinterpret_cast<typename Keys<T>::Query*>(w.output + kItemRows * DV);
+    w.queries = reinterpret_cast<typename Keys<T, K>::Query*>(w.output + kItemRows * value_stride(kv.D));
     return w;
+}
+
+// What rows read of a cache of this type.
+template <class Stored>
+struct Expanded {
+    using type = Stored;
+};
+template <>
+struct Expanded<e4m3> {
+    using type = bf16;
+};
+
+// bytes of codes to bf16; those of the next chunk, which will then be at `next`, are asked for meanwhile.
+static inline void expand(const e4m3* codes, const e4m3* next, int64_t bytes, char* to) {
+    const Expander expander;
+    for (int64_t at = 0; at < bytes; at += 64) {
+        prefetch(next + at);
+        expander.store(reinterpret_cast<const char*>(codes + at), to + 2 * at, to + 2 * at + 64);
+    }
 }
 
 // Whole groups where they fit: rows of one token see the same, which leaves no edges.
@@ -285,11 +308,15 @@ static inline int rows_per_tile(int64_t G) {
     return static_cast<int>(G <= kTileRows ? kTileRows / G * G : ceil_div(G, ceil_div(G, kTileRows)));
 }
 
-template <class T>
+// T: of q and out; Stored: of the cache.
+template <class T, class Stored>
 class ItemRun {
+    using K = typename Expanded<Stored>::type;
+    static constexpr bool kExpands = sizeof(K) != sizeof(Stored);
+
 public:
     ItemRun(const AttentionArgs& args, const AttentionItem& item, char* memory)
-        : a(args), item(item), w(carve<T>(memory, args.cache.D)), D(args.cache.D), DV(value_stride(D)),
+        : a(args), item(item), w(carve<T, K>(memory, args.cache)), D(args.cache.D), DV(value_stride(D)),
           G(args.H / args.cache.KVH), rows(item.row_end - item.row_begin), tile_rows(rows_per_tile(G)),
           tiles(static_cast<int>(ceil_div(rows, tile_rows))) {}
 
@@ -299,11 +326,16 @@ public:
         lowest_block = max_of(0, position(0) - a.window + 1) / kBlockTokens;
         highest_block = last / kBlockTokens;
         int64_t token = lowest_block / kChunkBlocks * kChunk;
-        Tiles<T> now, next = tiles_at(token);
+        Tiles<Stored> now, next = tiles_at(token);
         for (; token <= last; token += kChunk) {
             now = next;
             next = tiles_at(token + kChunk);
-            for (int tile = 0; tile < tiles; ++tile) attend(tile, token, now, next);
+            if constexpr (kExpands) {
+                const Tiles<K> wide = expanded(now, next);
+                for (int tile = 0; tile < tiles; ++tile) attend(tile, token, wide, wide);
+            } else {
+                for (int tile = 0; tile < tiles; ++tile) attend(tile, token, now, next);
+            }
         }
         finish();
     }
@@ -327,22 +359,38 @@ private:
         std::memset(w.output, 0, static_cast<size_t>(rows * DV) * sizeof(float));
     }
 
-    typename Keys<T>::Query* queries(int tile) const {
-        return w.queries + tile_begin(tile) * D * Keys<T>::kUnits / Keys<T>::kElements;
+    typename Keys<T, K>::Query* queries(int tile) const {
+        return w.queries + tile_begin(tile) * D * Keys<T, K>::kUnits / Keys<T, K>::kElements;
     }
 
-    Tiles<T> tiles_at(int64_t token) const {
-        Tiles<T> t;
+    Tiles<Stored> tiles_at(int64_t token) const {
+        Tiles<Stored> t;
         for (int b = 0; b < kChunkBlocks; ++b) {
             const int64_t index = min_of(highest_block, max_of(lowest_block, token / kBlockTokens + b));
             const int64_t block = item.block_table[index];
-            t.k[b] = reinterpret_cast<const T*>(k_tile(a.cache, block, item.kv_head));
-            t.v[b] = reinterpret_cast<const T*>(v_tile(a.cache, block, item.kv_head));
+            t.k[b] = reinterpret_cast<const Stored*>(k_tile(a.cache, block, item.kv_head));
+            t.v[b] = reinterpret_cast<const Stored*>(v_tile(a.cache, block, item.kv_head));
         }
         return t;
     }
 
-    void attend(int tile, int64_t token, const Tiles<T>& now, const Tiles<T>& next) {
+    // Of E4M3 tiles; V lies behind K.
+    Tiles<K> expanded(const Tiles<Stored>& now, const Tiles<Stored>& next) const {
+        Tiles<K> t;
+        for (int b = 0; b < kChunkBlocks; ++b) {
+            if (b && now.k[b] == now.k[b - 1]) {
+                t.k[b] = t.k[b - 1], t.v[b] = t.v[b - 1];
+                continue;
+            }
+            char* to = w.expanded + b * expanded_bytes(a.cache);
+            expand(now.k[b], next.k[b], tile_pair_bytes(a.cache), to);
+            t.k[b] = reinterpret_cast<const K*>(to);
+            t.v[b] = reinterpret_cast<const K*>(to + 2 * k_tile_bytes(a.cache));
+        }
+        return t;
+    }
+
+    void attend(int tile, int64_t token, const Tiles<K>& now, const Tiles<K>& next) {
         const int begin = tile_begin(tile), count = tile_begin(tile + 1) - begin;
         Seen seen[kTileRows];
         for (int r = 0; r < count; ++r) {
@@ -354,10 +402,10 @@ private:
         const int first_block = seen[0].begin / kLanes;
         const int past_block = static_cast<int>(ceil_div(seen[count - 1].end, kLanes));
         with_count<kTileRows>(count, [&](auto n) {
-            score_chunk<T, n.value>(queries(tile), now, next, first_block, past_block, D, w.weights);
+            score_chunk<T, K, n.value>(queries(tile), now, next, first_block, past_block, D, w.weights);
         });
         for (int r = 0; r < count; ++r)
-            if (seen[r].begin < seen[r].end) weigh(w.weights + r * kChunk, a.scale, seen[r], w.states[begin + r]);
+            if (seen[r].begin < seen[r].end) weigh(w.weights + r * kChunk, scale, seen[r], w.states[begin + r]);
         const Stretch all{w.output + begin * DV, w.states + begin, w.weights, 0, kChunk, DV};
         add_seen_values(all, seen, count, now, next);
     }
@@ -365,16 +413,17 @@ private:
     void finish() {
         for (int r = 0; r < rows; ++r) {
             T* out = static_cast<T*>(a.out) + token_of(r) * a.out_stride + element_of(r);
-            const F32x16 sum = broadcast(sum_of_lanes(w.states[r].sum));
+            const F32x16 sum = broadcast(sum_of_lanes(w.states[r].sum)), v_scale = broadcast(a.cache.v_scale);
             for (int64_t d = 0; d < D; d += kLanes)
-                store_up_to(out + d, load(w.output + r * DV + d) / sum, min_of(kLanes, D - d));
+                store_up_to(out + d, load(w.output + r * DV + d) / sum * v_scale, min_of(kLanes, D - d));
         }
     }
 
     const AttentionArgs& a;
     const AttentionItem& item;
-    const Workspace<T> w;
+    const Workspace<T, K> w;
     const int64_t D, DV, G;
+    const float scale = a.scale * a.cache.k_scale;
     const int rows, tile_rows, tiles;
     int64_t lowest_block = 0, highest_block = 0;  // of the sequence, that any row sees
 };
@@ -382,12 +431,15 @@ private:
 }  // namespace
 
 void attention(const AttentionArgs& a, ThreadPool& pool, Scratch& scratch) {
-    const int64_t bytes = workspace_bytes(a.cache.D);
+    const int64_t bytes = workspace_bytes(a.cache);
     char* memory = static_cast<char*>(scratch.reserve(static_cast<size_t>(pool.threads() * bytes)));
-    with_type(a.cache.type, [&](auto element) {
+    with_type(a.type, [&](auto element) {
         using T = typename decltype(element)::type;
+        const bool narrow = a.cache.type == DType::e4m3;
         pool.parallel_for(a.num_items, 1, [&](int64_t begin, int64_t end, int thread) {
-            for (int64_t i = begin; i < end; ++i) ItemRun<T>(a, a.items[i], memory + thread * bytes).run();
+            char* own = memory + thread * bytes;
+            for (int64_t i = begin; i < end; ++i)
+                narrow ? ItemRun<T, e4m3>(a, a.items[i], own).run() : ItemRun<T, T>(a, a.items[i], own).run();
         });
     });
 }

@@ -7,7 +7,8 @@ namespace engine {
 
 // Per head of qkv [T, (H + 2 KVH) D]: optional RMSNorm, rotation; q to out [T, H D], k and v to the cache.
 struct RopeArgs {
-    const void* qkv;  // cache.type
+    const void* qkv;
+    DType type;  // of qkv and out: cache.type unless that is E4M3
     int64_t qkv_stride;
     const float* rope_table;  // [P, D] = cos [D / 2] | sin [D / 2]
     const int32_t* positions;     // [T]
@@ -17,7 +18,7 @@ struct RopeArgs {
     const float* k_norm;  // [D] or null
     float eps;
     KVLayer cache;
-    void* out;  // cache.type
+    void* out;
     int64_t out_stride;
 };
 
@@ -32,7 +33,8 @@ struct AttentionItem {
 };
 
 struct AttentionArgs {
-    const void* q;  // [T, H D], cache.type
+    const void* q;  // [T, H D]
+    DType type;     // of q and out: cache.type unless that is E4M3
     int64_t q_stride;
     int64_t H;
     const int32_t* positions;  // [T]
@@ -41,7 +43,7 @@ struct AttentionArgs {
     KVLayer cache;
     float scale;
     int64_t window;  // tokens a row sees at most, its own included
-    void* out;       // [T, H D], cache.type
+    void* out;       // [T, H D]
     int64_t out_stride;
 };
 

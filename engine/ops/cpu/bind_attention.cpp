@@ -39,16 +39,21 @@ void require_range(const int32_t* values, int64_t count, int64_t limit, const ch
                + std::to_string(low < 0 ? low : high) + " occurs");
 }
 
+// scales [2 · num_layers]: of E4M3, whose codes NumPy has under ml_dtypes' name.
 std::unique_ptr<KVCache> new_kv_cache(int64_t num_layers, int64_t num_blocks, int64_t KVH, int64_t D,
-                                      const py::dtype& dtype) {
-    const DType type = dtype_of(py::array(dtype, py::array::ShapeContainer{0}), "the cache's dtype");
+                                      const py::dtype& dtype, const std::optional<py::array>& scales) {
+    const bool narrow = py::str(dtype).cast<std::string>() == "float8_e4m3fn";
+    if (narrow != scales.has_value()) reject("scales belong to a KV cache in E4M3, and only to one");
+    const DType type =
+        narrow ? DType::e4m3 : dtype_of(py::array(dtype, py::array::ShapeContainer{0}), "the cache's dtype");
     if (num_layers < 1 || num_blocks < 1 || KVH < 1 || D < 8 || D > kMaxHeadDim || D % 8)
         reject("a KV cache needs layers, blocks and KV heads, and a head_dim that is a multiple of 8 up to "
                + std::to_string(kMaxHeadDim) + "; got " + std::to_string(num_layers) + ", " + std::to_string(num_blocks)
                + ", " + std::to_string(KVH) + ", " + std::to_string(D));
     if (num_blocks * kBlockTokens > std::numeric_limits<int32_t>::max())
         reject("a KV cache of " + std::to_string(num_blocks) + " blocks has more slots than int32 can number");
-    return std::make_unique<KVCache>(num_layers, num_blocks, KVH, D, type);
+    const float* checked = scales ? float_vector(*scales, "scales", 2 * num_layers) : nullptr;
+    return std::make_unique<KVCache>(num_layers, num_blocks, KVH, D, type, checked);
 }
 
 KVLayer layer_of(const KVCache& cache, int64_t layer) {
@@ -64,7 +69,8 @@ py::array_t<uint8_t> tiles(const py::object& cache, int64_t layer) {
 }
 
 void require_type(const Matrix& m, const char* name, const KVCache& cache) {
-    if (m.type != cache.type) reject(std::string(name) + " must have the KV cache's dtype");
+    if (m.type != cache.type && cache.type != DType::e4m3)
+        reject(std::string(name) + " must have the KV cache's dtype");
 }
 
 // H, from rows of (H + others) heads of D.
@@ -84,7 +90,7 @@ void rope_and_cache(Backend& backend, const py::array& qkv_array, const py::arra
     const int64_t T = qkv.rows, H = query_heads(qkv, "qkv", cache, 2 * cache.KVH);
     require_shape(out, "out", T, H * cache.D);
     require_type(qkv, "qkv", cache);
-    require_type(out, "out", cache);
+    if (out.type != qkv.type) reject("out must have qkv's dtype");
     const Table<float> rope = table<float>(rope_array, "rope_table", "float32");
     if (rope.columns != cache.D)
         reject("rope_table must be [P, " + std::to_string(cache.D) + "], not " + describe(rope_array));
@@ -92,12 +98,16 @@ void rope_and_cache(Backend& backend, const py::array& qkv_array, const py::arra
     const int32_t* slots = int_vector(slots_array, "slot_mapping", T);
     require_range(positions, T, rope.rows, "positions");
     require_range(slots, T, cache.num_blocks * kBlockTokens, "slots");
-    const RopeArgs args{qkv.data, qkv.stride, rope.data, positions, slots, T, H,
+    const RopeArgs args{qkv.data, qkv.type, qkv.stride, rope.data, positions, slots, T, H,
                         q_norm ? float_vector(*q_norm, "q_norm", cache.D) : nullptr,
                         k_norm ? float_vector(*k_norm, "k_norm", cache.D) : nullptr,
                         eps, layer_of(cache, layer), out.data, out.stride};
-    const Running running(backend);
-    backend.kernels.rope_and_cache(args, backend.pool);
+    bool finite;
+    {
+        const Running running(backend);
+        finite = backend.kernels.rope_and_cache(args, backend.pool);
+    }
+    if (!finite) throw NotFinite("K or V holds NaN or infinity, which a KV cache in FP8 cannot hold");
 }
 
 // Sequence s owns rows [query_start[s], query_start[s + 1]) at the last positions of its context, in order.
@@ -126,7 +136,7 @@ void attention(Backend& backend, const py::array& q_array, const py::array& posi
     const int64_t H = query_heads(q, "q", cache, 0);
     require_shape(out, "out", q.rows, q.columns);
     require_type(q, "q", cache);
-    require_type(out, "out", cache);
+    if (out.type != q.type) reject("out must have q's dtype");
     if (window && *window < 1) reject("window must be at least 1, not " + std::to_string(*window));
     const int32_t* positions = int_vector(positions_array, "positions", q.rows);
     const Table<int32_t> blocks = table<int32_t>(block_tables, "block_tables", "int32");
@@ -134,7 +144,7 @@ void attention(Backend& backend, const py::array& q_array, const py::array& posi
                                int_vector(context_lens, "context_lens", blocks.rows),
                                blocks.data, blocks.rows, blocks.columns};
     require_consistent(batch, positions, q.rows, cache.num_blocks);
-    AttentionArgs args{q.data, q.stride, H, positions, nullptr, 0, layer_of(cache, layer), scale,
+    AttentionArgs args{q.data, q.type, q.stride, H, positions, nullptr, 0, layer_of(cache, layer), scale,
                        window.value_or(std::numeric_limits<int32_t>::max()), out.data, out.stride};
     const Running running(backend);
     const std::vector<AttentionItem> items = plan_attention(batch, H, cache.KVH, backend.pool.threads());
@@ -153,7 +163,7 @@ void bind_attention(py::module_& module, BackendClass& backend) {
         .def_property_readonly("nbytes", &KVCache::nbytes)
         .def("tiles", &tiles, py::arg("layer"), "a view of the layer's memory, uint8 [KVH, blocks, K and V tile]");
     module.def("new_kv_cache", &new_kv_cache, py::arg("num_layers"), py::arg("num_blocks"), py::arg("num_kv_heads"),
-               py::arg("head_dim"), py::arg("dtype"));
+               py::arg("head_dim"), py::arg("dtype"), py::arg("scales") = py::none());
     backend.def("rope_and_cache", &rope_and_cache, py::arg("qkv"), py::arg("rope_table"), py::arg("positions"),
                 py::arg("slot_mapping"), py::arg("cache"), py::arg("layer"), py::arg("q_norm"), py::arg("k_norm"),
                 py::arg("eps"), py::arg("out"));

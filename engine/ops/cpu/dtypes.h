@@ -8,7 +8,7 @@
 
 namespace engine {
 
-enum class DType : int32_t { f32, f16, bf16 };
+enum class DType : int32_t { f32, f16, bf16, e4m3 };  // e4m3: of a KV cache alone
 
 struct f16 {
     uint16_t bits;
@@ -20,6 +20,6 @@ struct e4m3 {  // see engine/fp8_types.py
     uint8_t bits;
 };
 
-static inline int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
+static inline int64_t size_of(DType type) { return type == DType::f32 ? 4 : type == DType::e4m3 ? 1 : 2; }
 
 }  // namespace engine

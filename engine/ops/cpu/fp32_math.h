@@ -96,13 +96,14 @@ struct Element {
     using type = T;
 };
 
-// Calls f(Element<T>{}) for the C++ type of `type`.
+// Calls f(Element<T>{}) for the C++ type of `type`, which is one of activations.
 template <class F>
 static inline void with_type(DType type, F&& f) {
     switch (type) {
         case DType::f32: return f(Element<float>{});
         case DType::f16: return f(Element<f16>{});
         case DType::bf16: return f(Element<bf16>{});
+        case DType::e4m3: return;
     }
 }
 

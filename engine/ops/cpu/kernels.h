@@ -46,7 +46,7 @@ struct LinearArgs {
     KERNEL(void, embed, (const EmbedArgs&, ThreadPool&))                           \
     KERNEL(void, rms_norm, (const RmsNormArgs&, ThreadPool&))                      \
     KERNEL(void, silu_mul, (const SiluMulArgs&, ThreadPool&))                      \
-    KERNEL(void, rope_and_cache, (const RopeArgs&, ThreadPool&))                   \
+    KERNEL(bool, rope_and_cache, (const RopeArgs&, ThreadPool&))                   \
     KERNEL(void, attention, (const AttentionArgs&, ThreadPool&, Scratch&))         \
     KERNEL(bool, prepare_fp4, (const PrepareArgs&, ThreadPool&, Scratch&))         \
     KERNEL(float, quantize_weight, (const QuantizeWeightArgs&, ThreadPool&))       \

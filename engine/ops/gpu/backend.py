@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +25,7 @@ from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array, Norm
 from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
+from engine.ops.fp8 import cache_scales
 from engine.ops.gpu import launch_attention, launch_linear, launch_linear_sm120, launch_rows, weight_layout
 from engine.ops.gpu.device import Device
 from engine.ops.gpu.launch import Launch
@@ -43,8 +45,10 @@ _ACTIVATIONS = ("bf16", "f16")
 class GpuKVCache:
     """K and V as cuda/kv_cache.cuh has them: [layers, blocks, KVH, 16, D] each, and a spare block at the end."""
 
-    k: Any
+    k: Any  # of the activations' dtype, or uint8: E4M3 codes
     v: Any
+    k_scales: Any = None  # float32 [layers, KVH], with codes
+    v_scales: Any = None
 
     @property
     def num_blocks(self) -> int:
@@ -62,7 +66,10 @@ class GpuKVCache:
     def attention_shape(self, H: int) -> AttentionShape:
         """Of layers with H query heads."""
         _, _, KVH, _, D = self.k.shape
-        return AttentionShape(H, KVH, D, "f16" if self.k.dtype == np.float16 else "bf16")
+        return AttentionShape(H, KVH, D, "f16" if self.k.dtype == np.float16 else "bf16", self.k_scales is not None)
+
+    def scales_of(self, layer: int) -> tuple[Any, Any]:
+        return (None, None) if self.k_scales is None else (self.k_scales[layer], self.v_scales[layer])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,13 +179,34 @@ class GpuOps:
         return self.device.kv_cache_budget()
 
     def new_kv_cache(
-        self, *, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: np.dtype[Any],
+        activations: np.dtype[Any] | None = None,
+        scales: NDArray[np.float32] | None = None,
     ) -> GpuKVCache:
-        """Raises InvalidArgument for a dtype of activations that not all kernels have."""
-        if launch_rows.type_name(np.dtype(dtype)) not in _ACTIVATIONS:
-            raise InvalidArgument(f"activations on the GPU are bfloat16 or float16, not {np.dtype(dtype)}")
+        """Raises InvalidArgument for a dtype of activations that not all kernels have; E4M3 goes with bfloat16."""
+        scales = cache_scales(dtype, scales, num_layers)
+        if activations is None:
+            activations = np.dtype(dtype if scales is None else ml_dtypes.bfloat16)
+        if launch_rows.type_name(activations) not in _ACTIVATIONS:
+            raise InvalidArgument(f"activations on the GPU are bfloat16 or float16, not {activations}")
+        if scales is not None and activations == np.float16:
+            raise InvalidArgument(
+                "on the GPU a KV cache in FP8 goes with bfloat16 activations, not with float16; choose "
+                "dtype='bfloat16' or kv_cache_dtype='auto'"
+            )
         shape = (num_layers, num_blocks + 1, num_kv_heads, self.kv_block_size, head_dim)
-        return GpuKVCache(self.device.zeros(shape, np.dtype(dtype)), self.device.zeros(shape, np.dtype(dtype)))
+        stored = np.dtype(dtype if scales is None else np.uint8)
+        k, v = (self.device.zeros(shape, stored) for _ in range(2))
+        if scales is None:
+            return GpuKVCache(k, v)
+        k_scales, v_scales = (self.device.upload(np.repeat(own[:, None], num_kv_heads, axis=1)) for own in scales)
+        return GpuKVCache(k, v, k_scales, v_scales)
 
     def new_steps(self, cache: GpuKVCache, *, num_heads: int, max_num_seqs: int) -> GpuSteps:
         return GpuSteps(
@@ -217,7 +245,9 @@ class GpuOps:
         out: Array,
     ) -> Array:
         k, v = cache.k[layer], cache.v[layer]
-        args = (qkv, rope_table, batch.positions, batch.slot_mapping, q_norm, k_norm, eps, out, k, v)
+        k_scales, v_scales = cache.scales_of(layer)
+        e4m3 = None if k_scales is None else launch_rows.E4m3Cache(k_scales, v_scales, self._report.invalid)
+        args = (qkv, rope_table, batch.positions, batch.slot_mapping, q_norm, k_norm, eps, out, k, v, e4m3)
         return self._into(out, launch_rows.rope_and_cache(*args))
 
     def attention(
@@ -225,6 +255,7 @@ class GpuOps:
     ) -> Array:
         shape = cache.attention_shape(q.shape[1] // cache.k.shape[-1])
         planned = batch.planned(shape, window)
+        k_scales, v_scales = cache.scales_of(layer)
         arrays = launch_attention.AttentionArrays(
             q=q,
             k_cache=cache.k[layer],
@@ -235,6 +266,8 @@ class GpuOps:
             prefill_items=planned.prefill_items,
             partials=planned.partials,
             arrivals=planned.arrivals,
+            k_scales=k_scales,
+            v_scales=v_scales,
         )
         launches = launch_attention.launches(
             shape, planned.plan, arrays, scale=scale, window=window, deterministic=self.deterministic

@@ -7,7 +7,7 @@ Nothing here allocates or launches. Arrays have contiguous rows, which may lie a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -52,11 +52,19 @@ def silu_mul(gate_up: Any, out: Any) -> Launch:
     return Launch("silu_mul.cu", f"silu_mul_{_NAMES[out.dtype]}", (T, -(-F // 512), 1), (64, 1, 1), 0, args)
 
 
+class E4m3Cache(NamedTuple):
+    """Beside a layer's codes."""
+
+    k_scales: Any  # [KVH] float32: a value is its head's scale times its code
+    v_scales: Any
+    invalid: Any  # int32 [1], as of a preparation
+
+
 def rope_and_cache(
     qkv: Any, rope_table: Any, positions: Any, slot_mapping: Any, q_norm: Any, k_norm: Any, eps: float, out: Any,
-    k_cache: Any, v_cache: Any,
+    k_cache: Any, v_cache: Any, e4m3: E4m3Cache | None = None,
 ) -> Launch:  # fmt: skip
-    """k_cache, v_cache [blocks, KVH, 16, D] of this layer."""
+    """k_cache, v_cache [blocks, KVH, 16, D] of this layer; e4m3: what codes need besides."""
     T, (_, KVH, _, D) = len(qkv), k_cache.shape
     H, lanes = out.shape[1] // D, 1 << (D // 8 - 1).bit_length()
     args = [
@@ -64,7 +72,10 @@ def rope_and_cache(
         out, row_stride(out), k_cache, v_cache, np.int32(H), np.int32(KVH), np.int32(D),
     ]  # fmt: skip
     grid = (T, -(-(H + 2 * KVH) * lanes // 128), 1)
-    return Launch("rope_and_cache.cu", f"rope_and_cache_{_NAMES[qkv.dtype]}", grid, (128, 1, 1), 0, args)
+    kernel = f"rope_and_cache_{_NAMES[qkv.dtype]}"
+    if e4m3 is not None:
+        kernel, args = f"{kernel}_e4m3", [*args, *e4m3]
+    return Launch("rope_and_cache.cu", kernel, grid, (128, 1, 1), 0, args)
 
 
 @dataclass(frozen=True, slots=True)
