@@ -247,7 +247,10 @@ bool Checker::covers(const Now& now, const History& history, const Node& old, ui
     if (old.kind == Access::reading) {  // a later group of the same warp is retired later
         return now.kind == Access::reading && now.thread / kLanes == old.thread / kLanes && !(old.mask & ~mask);
     }
-    if (history.shared && old.time < (old.thread == threads_ ? async_settled_ : settled_)) return true;  // all know it
+    if (history.shared && old.time < (old.thread == threads_ ? async_settled_ : settled_)) {  // all know it
+        bool through = old.kind != Access::write || old.thread == threads_ || old.time < proxy_settled_;
+        if (through) return true;  // and no wgmma will ask for a fence
+    }
     if ((old.mask & ~mask) || !knows(now.thread, old)) return false;
     return now.kind == Access::write || now.kind == old.kind;
 }

@@ -20,7 +20,7 @@ inline Thread& self() { return *static_cast<Thread*>(current); }
 
 void Checker::product_reads(const void* pointer, size_t bytes) {
     Products& products = products_[self().warp];
-    access(pointer, bytes, Access::reading, self().id, kernel_pc());
+    access(pointer, bytes, Access::reading, self().warp * kLanes, kernel_pc());
     products.reads.push_back({static_cast<const std::byte*>(pointer), bytes, products.open});
 }
 
