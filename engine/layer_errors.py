@@ -75,11 +75,18 @@ class Probe:
         return self._full.prepare_silu_mul(gate_up)
 
     def matmul(
-        self, operand: Array, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
+        self,
+        operand: Array,
+        weight: Any,
+        *,
+        out: Array,
+        bias: F32 | None = None,
+        residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         plain, quantised = weight
         self._measure(operand, plain, quantised, self._ops.empty(out.shape, np.dtype(np.float32)))
-        return self._full.matmul(operand, plain, out=out, bias=bias, residual=residual)
+        return self._full.matmul(operand, plain, out=out, bias=bias, residual=residual, num_decode_rows=num_decode_rows)
 
     def _measure(self, x: Array, plain: Any, quantised: Any, exact: Array) -> None:
         self._full.matmul(x, plain, out=exact)

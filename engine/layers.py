@@ -155,13 +155,21 @@ class Linear:
         return self._method.prepare_silu_mul(gate_up)
 
     def __call__(
-        self, operand: Any, T: int, *, residual: Array | None = None, dtype: np.dtype[Any] | None = None
+        self,
+        operand: Any,
+        T: int,
+        *,
+        residual: Array | None = None,
+        dtype: np.dtype[Any] | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
-        """[T, N]; with a residual [T, N] the sum is written over it."""
+        """[T, N]; with a residual [T, N] the sum is written over it. num_decode_rows: as in the step's `Batch`."""
         out = residual
         if out is None:
             out = self._context.workspace.take(self._role, (T, self.N), dtype or self._context.dtype)
-        return self._method.matmul(operand, self._weight, out=out, bias=self._bias, residual=residual)
+        return self._method.matmul(
+            operand, self._weight, out=out, bias=self._bias, residual=residual, num_decode_rows=num_decode_rows
+        )
 
 
 class RotaryTable:
@@ -211,7 +219,7 @@ class Attention:
     def __call__(self, x: Array, step: Any, cache: KVCache, rope_table: Array) -> Array:
         """x [T, C] plus attention's output, written over x; rope_table [P, D] covers the step's positions."""
         ops, take, T = self._context.ops, self._context.workspace.take, len(x)
-        qkv = self._qkv(self._qkv.prepare_norm(x, self._norm), T)
+        qkv = self._qkv(self._qkv.prepare_norm(x, self._norm), T, num_decode_rows=step.num_decode_rows)
         q = ops.rope_and_cache(
             qkv,
             rope_table,
@@ -225,7 +233,7 @@ class Attention:
         )
         out = take("attention", (T, self._width), x.dtype)
         ops.attention(q, step, cache, self._layer, scale=self._scale, window=self._window, out=out)
-        return self._output(self._output.prepare(out), T, residual=x)
+        return self._output(self._output.prepare(out), T, residual=x, num_decode_rows=step.num_decode_rows)
 
 
 class GatedMLP:
@@ -246,8 +254,8 @@ class GatedMLP:
     def weight_bytes(self) -> int:
         return self._gate_up.nbytes + self._down.nbytes
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, step: Any) -> Array:
         """x [T, C] plus the MLP's output, written over x."""
-        T = len(x)
-        gate_up = self._gate_up(self._gate_up.prepare_norm(x, self._norm), T)
-        return self._down(self._down.prepare_silu_mul(gate_up), T, residual=x)
+        T, num_decode_rows = len(x), step.num_decode_rows
+        gate_up = self._gate_up(self._gate_up.prepare_norm(x, self._norm), T, num_decode_rows=num_decode_rows)
+        return self._down(self._down.prepare_silu_mul(gate_up), T, residual=x, num_decode_rows=num_decode_rows)

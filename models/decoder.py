@@ -78,9 +78,13 @@ class Decoder:
         x = self._embedding(step.token_ids)
         for attention, mlp in self._layers:
             x = attention(x, step, cache, rope_table)
-            x = mlp(x)
+            x = mlp(x, step)
         return x
 
     def logits(self, hidden: Array) -> Array:
-        """Logits float32 [R, V] of rows [R, C] of `forward`'s result. Valid until the next call."""
+        """Logits float32 [R, V] of rows [R, C] of `forward`'s result. Valid until the next call.
+
+        All count as decode rows, so that a row's logits do not depend on how many are wanted with it. They come few at
+        a time: one for a sequence, a scored prompt's in parts.
+        """
         return self._head(self._head.prepare_norm(hidden, self._norm), len(hidden), dtype=np.dtype(np.float32))

@@ -17,8 +17,11 @@ class Paging:
     tables: list[NDArray[np.int32]]
     block_size: int
 
-    def batch(self, spans: list[tuple[int, int, int]]) -> Batch:
-        """One step that computes tokens [start, stop) of sequence s for every (s, start, stop)."""
+    def batch(self, spans: list[tuple[int, int, int]], num_decoding: int | None = None) -> Batch:
+        """One step that computes tokens [start, stop) of sequence s for every (s, start, stop).
+
+        num_decoding: how many of these, the first, have decode rows; None: all.
+        """
         positions = [np.arange(start, stop, dtype=np.int32) for _, start, stop in spans]
         slots = [
             self.tables[s][p // self.block_size] * self.block_size + p % self.block_size
@@ -34,6 +37,7 @@ class Paging:
             context_lens=np.array([stop for _, _, stop in spans], np.int32),
             block_tables=np.stack([np.pad(self.tables[s], (0, width - len(self.tables[s]))) for s, _, _ in spans]),
             logit_rows=np.zeros(0, np.int32),
+            num_decode_rows=None if num_decoding is None else sum(counts[:num_decoding]),
         )
 
 

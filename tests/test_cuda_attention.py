@@ -70,9 +70,9 @@ class Scene:
     def queries(self, spans):
         return np.concatenate([self.q[s][start:stop] for s, start, stop in spans])
 
-    def attend(self, *spans, window=None, deterministic=False, split_blocks=None, checked=False, **launch):
-        """Outputs of the rows of every (sequence, start, stop), one after the other."""
-        batch = self.paging.batch(list(spans))
+    def attend(self, *spans, window=None, decoding=None, split_blocks=None, checked=False, **launch):
+        """Outputs of the rows of every (sequence, start, stop), one after the other; decoding: as `Paging.batch`."""
+        batch = self.paging.batch(list(spans), decoding)
         plan = plan_attention(batch, self.shape, window)
         wide = np.pad(self.queries(spans), ((0, 0), (0, 8)))  # as in a row of q | k | v
         frame = np.full((len(wide), wide.shape[1] + 8), np.nan, self.dtype)
@@ -91,7 +91,7 @@ class Scene:
             k_scales=self.scales[0],
             v_scales=self.scales[1],
         )
-        options = {"window": window, "deterministic": deterministic, "split_blocks": split_blocks}
+        options = {"window": window, "split_blocks": split_blocks}
         for source, kernel, grid, block, shared, args in launches(
             self.shape, plan, arrays, scale=self.scale, **options
         ):
@@ -151,16 +151,16 @@ def test_prefill_equals_float64(dtype, kv, D):
     H, KVH = HEADS[D // 8 % len(HEADS)]
     scene = Scene(H, KVH, D, (150, 80, 33, 20), dtype, kv, seed=D)
     spans = (0, 110, 150), (1, 0, 80 if D <= 96 else 30), (2, 32, 33), (3, 0, 20)
-    assert_close(scene, *spans)
-    assert_close(scene, *spans, window=37)
+    assert_close(scene, *spans, decoding=0)
+    assert_close(scene, *spans, window=37, decoding=1)
 
 
 @pytest.mark.parametrize("H, KVH", [*HEADS, (20, 1), (12, 4)])
 @pytest.mark.parametrize("window", [None, 1, 64, 200])
 def test_groups_and_windows(H, KVH, window):
     scene = Scene(H, KVH, 64, (250, 90, 70))
-    assert_close(scene, (0, 249, 250), (1, 60, 90), (2, 68, 70), window=window)
-    assert_close(scene, (0, 249, 250), (1, 60, 90), (2, 68, 70), window=window, deterministic=True)
+    for decoding in (1, None):
+        assert_close(scene, (0, 249, 250), (1, 60, 90), (2, 68, 70), window=window, decoding=decoding)
 
 
 @pytest.mark.parametrize("context", [1100, 5000, 17000])
@@ -204,11 +204,12 @@ def test_scores_that_overflow():
 
 @each_type
 @pytest.mark.parametrize("H, KVH, D, window", [(7, 1, 64, None), (4, 2, 40, 70), (2, 2, 128, None), (4, 1, 256, 40)])
-def test_deterministic_bits(dtype, kv, H, KVH, D, window):
-    """Alone, in chunks of any cut, with prefix-cached context, with batch-mates: the same as in one prefill."""
+@pytest.mark.parametrize("decoding", [None, 0], ids=["decode", "prefill"])
+def test_bits_of_either_kind_of_rows(dtype, kv, H, KVH, D, window, decoding):
+    """Alone, in chunks of any cut, with prefix-cached context, with batch-mates: the same as in one chunk."""
     n = 150
     scene = Scene(H, KVH, D, (n, 77, 20), dtype, kv)
-    options = {"window": window, "deterministic": True}
+    options = {"window": window, "decoding": decoding}
     whole = scene.attend((0, 0, n), **options)
     for cut in (1, 16, 63, 64, 100, 149):
         pieces = [scene.attend((0, 0, cut), **options), scene.attend((0, cut, n), **options)]
@@ -220,31 +221,30 @@ def test_deterministic_bits(dtype, kv, H, KVH, D, window):
 
 
 @pytest.mark.parametrize("window", [None, 1500])
-def test_deterministic_bits_where_splits_are_longer(window):
+def test_bits_of_decode_rows_where_splits_are_longer(window):
     """More than 128 rows go through the prefill kernel, a few through the other; splits of 1, 2 and 4 tiles.
 
     6400 elements of f16: another order of joining would show in a few of them.
     """
     n = 4500
     scene = Scene(1, 1, 64, (n,), F16)
-    options = {"window": window, "deterministic": True}
-    whole = scene.attend((0, n - 140, n), **options)
-    assert_same_bits(scene.attend((0, n - 100, n), **options), whole[-100:])
-    assert_same_bits(scene.attend((0, n - 1, n), **options), whole[-1:])
+    whole = scene.attend((0, n - 140, n), window=window)
+    assert_same_bits(scene.attend((0, n - 100, n), window=window), whole[-100:])
+    assert_same_bits(scene.attend((0, n - 1, n), window=window), whole[-1:])
+    prefill = scene.attend((0, n - 140, n), window=window, decoding=0)
+    assert (prefill != whole).any(), "the orders were meant to differ"
 
 
 def test_bits_never_depend_on_batch_mates():
-    """Neither mode; nor on how many blocks share the splits."""
-    scene = Scene(4, 2, 64, (300, 700, 90, 33))
-    mine, decoded = (0, 200, 300), (1, 699, 700)
-    for deterministic in (False, True):
-        alone = scene.attend(mine, deterministic=deterministic)
-        single = scene.attend(decoded, deterministic=deterministic)
-        for split_blocks in (None, 1, 3):
-            options = {"deterministic": deterministic, "split_blocks": split_blocks}
-            mixed = scene.attend((2, 0, 90), mine, (3, 32, 33), decoded, **options)
-            assert_same_bits(mixed[90:190], alone)
-            assert_same_bits(mixed[191:], single)
+    """Of decode rows few and many, and of prefill rows; nor on how many blocks share the splits."""
+    scene = Scene(4, 2, 64, (300, 700, 90, 33, 150))
+    single, many, prefill = (1, 699, 700), (0, 200, 300), (4, 20, 150)
+    alone = [scene.attend(single), scene.attend(many), scene.attend(prefill, decoding=0)]
+    for split_blocks in (None, 1, 3):
+        spans = (2, 0, 90), single, many, (3, 32, 33), prefill
+        mixed = scene.attend(*spans, decoding=3, split_blocks=split_blocks)
+        for rows, own in zip((slice(90, 91), slice(91, 191), slice(192, 322)), alone, strict=True):
+            assert_same_bits(mixed[rows], own)
 
 
 def test_a_query_sees_nothing_beyond_the_context():
@@ -275,10 +275,10 @@ def test_checked(dtype, kv, H, KVH, D, window):
     """Schedules and poisons change nothing, and the checker has nothing to say."""
     scene = Scene(H, KVH, D, (150, 330), dtype, kv)
     spans = (0, 120, 150), (1, 329, 330)
-    plain = scene.attend(*spans, window=window, deterministic=True)
+    plain = scene.attend(*spans, window=window)
     for schedule, poison in zip(SCHEDULES, (0xFF, 0, 0x7F, 0x3C), strict=True):
         options = {"schedule": schedule, "poison": poison, "checked": schedule == SCHEDULES[0]}
-        out = scene.attend(*spans, window=window, deterministic=True, **options)
+        out = scene.attend(*spans, window=window, **options)
         assert_same_bits(out, plain)
 
 
@@ -297,8 +297,11 @@ def test_the_plan_covers_every_row_once():
         spans = [(s, int(rng.integers(max(0, n - rng.choice([1, 5, 60, 400])), n)), n) for s, n in enumerate(lengths)]
         KVH, G = int(rng.integers(1, 4)), int(rng.choice([1, 2, 7, 8, 20]))
         shape = AttentionShape(KVH * G, KVH, 64)
-        batch = scattered(rng, lengths, 16).batch(spans)
+        batch = scattered(rng, lengths, 16).batch(spans, num_decoding=int(rng.integers(0, 7)))
         plan = plan_attention(batch, shape)
+        first_tokens = plan.prefill_items[:, 1] < batch.num_decode_rows
+        assert (np.flatnonzero(first_tokens) == np.arange(plan.num_like_decode)).all()
+        assert (plan.decode_items[:, 1] < batch.num_decode_rows).all(), "prefill rows have one kernel"
         rows = [
             (first * G + row + i)
             for items in (plan.decode_items, plan.prefill_items)
@@ -324,7 +327,7 @@ def test_padded_batches():
     q, out = scene.q[0][99:100], np.full((1, 128), np.nan, BF16)
     items = np.pad(plan.decode_items, ((0, 3), (0, 0)))
     partials, arrivals = np.zeros(plan.partials_size(scene.shape), F32), np.zeros(8, np.uint32)
-    padded = launch_attention.AttentionPlan(items, plan.prefill_items, 2, plan.num_partials, plan.most_splits)
+    padded = launch_attention.AttentionPlan(items, plan.prefill_items, 0, 2, plan.num_partials, plan.most_splits)
     arrays = AttentionArrays(
         q, scene.k, scene.v, batch.block_tables, out, items, plan.prefill_items, partials, arrivals
     )

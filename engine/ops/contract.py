@@ -8,8 +8,8 @@ Guarantees each backend gives:
 * fp32 accumulation, one rounding to the output's dtype;
 * a row's result depends on that row alone (and for attention on its own sequence), bitwise: never on T, on the other
   rows, on how a prefill was cut into chunks or on the number of threads. Hence every reduction order is a function of
-  K, D or the absolute position alone, and, where a backend has `short_prompt_tokens`, of whether it is a decode row or a
-  prefill row: `Batch.num_decode_rows`, which products are given as well. Backends without have one order and ignore it;
+  K, D or the absolute position alone. A backend with `short_prompt_tokens` has one order for decode rows and another
+  for prefill rows, in products and attention (`num_decode_rows` says which are which, see `Batch`); others ignore it;
 * `rms_norm`, `rope_and_cache`, `silu_mul`, `embed` and the codes of `prepare_*` and `quantize_weight` have the same
   bits on every backend (their arithmetic is fixed in `reference`, `engine.ops.fp4` and `engine.ops.fp8`); `linear`,
   `fp4_linear`, `w4a16_linear`, `fp8_linear`, `w8a16_linear` and `attention` may differ between backends in accumulation

@@ -44,8 +44,9 @@ class AsStored:
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
-        return self._ops.linear(operand, weight, out=out, bias=bias, residual=residual)
+        return self._ops.linear(operand, weight, out=out, bias=bias, residual=residual, num_decode_rows=num_decode_rows)
 
 
 class PlainActivations:

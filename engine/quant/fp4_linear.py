@@ -80,9 +80,18 @@ class Fp4Linear:
         return self._ops.prepare_sharq(x, format=rule.format, sparse=sparse, scale=self._scale, norm=norm, silu=silu)
 
     def matmul(
-        self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
+        self,
+        operand: Any,
+        weight: Any,
+        *,
+        out: Array,
+        bias: F32 | None = None,
+        residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
-        return self._ops.fp4_linear(operand, weight, out=out, bias=bias, residual=residual)
+        return self._ops.fp4_linear(
+            operand, weight, out=out, bias=bias, residual=residual, num_decode_rows=num_decode_rows
+        )
 
 
 class WeightsOnly(PlainActivations, Fp4Linear):
@@ -93,9 +102,18 @@ class WeightsOnly(PlainActivations, Fp4Linear):
         self._full = full
 
     def matmul(
-        self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
+        self,
+        operand: Any,
+        weight: Any,
+        *,
+        out: Array,
+        bias: F32 | None = None,
+        residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
-        return self._ops.w4a16_linear(operand, weight, out=out, bias=bias, residual=residual)
+        return self._ops.w4a16_linear(
+            operand, weight, out=out, bias=bias, residual=residual, num_decode_rows=num_decode_rows
+        )
 
 
 class CompatSharq(Fp4Linear):
@@ -108,13 +126,20 @@ class CompatSharq(Fp4Linear):
         return paths(super()._prepare(x, norm=norm, silu=silu))
 
     def matmul(
-        self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
+        self,
+        operand: Any,
+        weight: Any,
+        *,
+        out: Array,
+        bias: F32 | None = None,
+        residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
         backbone, rest = operand
         between = self._ops.empty(out.shape, fp4.BF16)
-        self._ops.fp4_linear(backbone, weight, out=between)
+        self._ops.fp4_linear(backbone, weight, out=between, num_decode_rows=num_decode_rows)
         both = self._ops.empty(out.shape, fp4.BF16)
-        self._ops.fp4_linear(rest, weight, out=both, bias=bias, residual=between)
+        self._ops.fp4_linear(rest, weight, out=both, bias=bias, residual=between, num_decode_rows=num_decode_rows)
         out[...] = both if residual is None else residual.astype(np.float32) + both.astype(np.float32)
         return out
 

@@ -42,9 +42,18 @@ class Fp8Linear:
         return self._ops.prepare_fp8(gate_up, silu=True)
 
     def matmul(
-        self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
+        self,
+        operand: Any,
+        weight: Any,
+        *,
+        out: Array,
+        bias: F32 | None = None,
+        residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
-        return self._ops.fp8_linear(operand, weight, out=out, bias=bias, residual=residual)
+        return self._ops.fp8_linear(
+            operand, weight, out=out, bias=bias, residual=residual, num_decode_rows=num_decode_rows
+        )
 
 
 class Fp8WeightsOnly(PlainActivations, Fp8Linear):
@@ -55,9 +64,18 @@ class Fp8WeightsOnly(PlainActivations, Fp8Linear):
         self._full = full
 
     def matmul(
-        self, operand: Any, weight: Any, *, out: Array, bias: F32 | None = None, residual: Array | None = None
+        self,
+        operand: Any,
+        weight: Any,
+        *,
+        out: Array,
+        bias: F32 | None = None,
+        residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
-        return self._ops.w8a16_linear(operand, weight, out=out, bias=bias, residual=residual)
+        return self._ops.w8a16_linear(
+            operand, weight, out=out, bias=bias, residual=residual, num_decode_rows=num_decode_rows
+        )
 
 
 def _quantized(shard: Weight) -> Fp8Matrix:

@@ -51,5 +51,9 @@ class LinearMethod(Protocol):
         out: Array,
         bias: NDArray[np.float32] | None = None,
         residual: Array | None = None,
+        num_decode_rows: int | None = None,
     ) -> Array:
-        """out [T, N] = operand · weightᵀ + bias + residual, rounded once; out may be residual itself."""
+        """out [T, N] = operand · weightᵀ + bias + residual, rounded once; out may be residual itself.
+
+        num_decode_rows: as in the step's `Batch`.
+        """

@@ -8,6 +8,7 @@
     compile.py kernel_loaders.py    kernels for a GPU: NVRTC and its disk cache, or the extension engine._cuda
     device.py cuda_device.py        memory, launches, recordings: the emulator's, a GPU's
     launch_*.py weight_layout.py    an operation's launches; weights as its kernels want them
+    prefill_products.py             products of prefill rows: which kernels, and scratch for expanded activations
     backend.py      GpuOps, the operations
     staging.py steps.py             a step's arrays on the device; decode steps recorded, tokens chosen
 

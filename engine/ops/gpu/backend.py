@@ -4,13 +4,16 @@ Parameters go to the device once, when they are packed; a step's batch once, whe
 `to_host` is asked for, or the tokens that `engine.ops.gpu.steps` chose. Kernels meet NaN and infinity where Python does
 not look: they raise a flag, which is read with the result, so that a step has one point at which host and device meet.
 
+Products multiply decode rows and prefill rows by kernels of their own, that sum in different orders; attention has one
+order for each kind, too. With `deterministic` every row is a decode row.
+
 Activations are bf16 or f16 (the products have no fp32 form); logits are float32. `sharq_compat` is not done
 here: it is for comparing with the paper and multiplies in NumPy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,11 +35,13 @@ from engine.ops.gpu.launch import Launch
 from engine.ops.gpu.launch_attention import AttentionShape
 from engine.ops.gpu.launch_linear import OUTPUT_TYPES, KCut, Output, Workspace
 from engine.ops.gpu.launch_rows import Rows
+from engine.ops.gpu.prefill_products import PrefillProducts
 from engine.ops.gpu.staging import Scratch, StagedBatch
 from engine.ops.gpu.steps import GpuSteps, StepReport
 from engine.ops.gpu.weight_layout import Fp4Units, Fp8Units
 from engine.ops.reference import ReferenceOps
 
+_Launches = Callable[[slice, Output], Sequence[Launch]]  # of a product's rows
 _I32, _U32, _F32 = np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.float32)
 _ACTIVATIONS = ("bf16", "f16")
 
@@ -94,6 +99,11 @@ class GpuOperand:
         except KeyError:
             raise AttributeError(name) from None
 
+    def __getitem__(self, rows: slice) -> GpuOperand:
+        """Neighbouring rows."""
+        arrays = {name: array[rows] for name, array in self.arrays.items()}
+        return replace(self, T=len(arrays["g"]), arrays=arrays)
+
     @property
     def two_paths(self) -> bool:
         return "residual" in self.arrays
@@ -105,6 +115,10 @@ class GpuFp8Operand:
 
     codes: Any  # uint8 [T, padded K]
     scale: Any  # float32 [T]
+
+    def __getitem__(self, rows: slice) -> GpuFp8Operand:
+        """Neighbouring rows."""
+        return GpuFp8Operand(self.codes[rows], self.scale[rows])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +143,7 @@ class _Packed:
 class GpuOps:
     """`Ops` on one device.
 
-    deterministic: a token's result is bitwise the same in any batch and any chunk, not only beside any batch-mates;
+    deterministic: a token's result is bitwise the same whether it is prompt or answer, not only beside any batch-mates;
     what that costs is the benchmarks' to say. record: whether decode steps are recorded and replayed.
     """
 
@@ -139,14 +153,15 @@ class GpuOps:
         self.device = device
         self.deterministic = deterministic
         self._record = record
+        self.short_prompt_tokens = None if deterministic else launch_linear.DECODE_TOKENS
         self._fp4_instructions = device.arch in launch_linear_sm120.ARCHITECTURES
         fp4 = ", FP4 instructions" if self._fp4_instructions else ""
         self.kernel_path = device.name + fp4 + (", deterministic" if deterministic else "")
         self._host = ReferenceOps()  # for what happens once, before weights are uploaded
         self._split_products = Workspace(device.empty((1,), _F32), device.zeros((1,), _U32))
         self._scratch = Scratch(device)
+        self._prefill = PrefillProducts(device, self._scratch)
         self._report = StepReport(device)
-        self.short_prompt_tokens: int | None = None
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -157,7 +172,8 @@ class GpuOps:
         return self.device.upload(np.ascontiguousarray(array))
 
     def stage(self, batch: Batch) -> StagedBatch:
-        return StagedBatch(batch, self.device, self._scratch)
+        one_kind = replace(batch, num_decode_rows=None) if self.deterministic else batch
+        return StagedBatch(one_kind, self.device, self._scratch)
 
     def take_rows(self, x: Array, rows: NDArray[np.int32]) -> Array:
         out = self.empty((len(rows), x.shape[1]), x.dtype)
@@ -269,9 +285,7 @@ class GpuOps:
             k_scales=k_scales,
             v_scales=v_scales,
         )
-        launches = launch_attention.launches(
-            shape, planned.plan, arrays, scale=scale, window=window, deterministic=self.deterministic
-        )
+        launches = launch_attention.launches(shape, planned.plan, arrays, scale=scale, window=window)
         return self._into(out, *launches)
 
     # ---- activations in FP4 and FP8 ----------------------------------------------------------------------------------
@@ -348,10 +362,14 @@ class GpuOps:
         residual: Array | None = None,
         num_decode_rows: int | None = None,
     ) -> Array:
-        plan = launch_linear.plan_16_bit_decode(weight.N, weight.K, len(x), sms=self.device.sms)
-        return self._into(
-            out, launch_linear.decode(x, weight.w, Output(out, bias, residual), self._workspace(plan.cut), plan)
-        )
+        def decode(rows: slice, output: Output) -> list[Launch]:
+            plan = launch_linear.plan_16_bit_decode(weight.N, weight.K, len(output.out), sms=self.device.sms)
+            return [launch_linear.decode(x[rows], weight.w, output, self._workspace(plan.cut), plan)]
+
+        def prefill(rows: slice, output: Output) -> list[Launch]:
+            return self._prefill.linear(x[rows], weight.w, output)
+
+        return self._multiply(Output(out, bias, residual), num_decode_rows, decode, prefill)
 
     def pack_fp4(self, shards: Sequence[Fp4Matrix], *, weights_only: bool = False) -> Fp4Units:
         """Codes stay as they are where FP4 instructions multiply them, else lie as dequantising wants them."""
@@ -374,9 +392,16 @@ class GpuOps:
             chosen = launch_linear_sm120.plan(len(out), weight, path, sms=self.device.sms)
             workspace = self._workspace(chosen.cut)
             return self._into(out, launch_linear_sm120.linear(operand, weight, output, workspace, chosen))
-        paths = 2 if operand.two_paths else 1
-        plan = launch_linear.plan_fp4_decode(weight, len(out), "fp4", sms=self.device.sms, paths=paths)
-        return self._into(out, launch_linear.fp4_decode(operand, weight, output, self._workspace(plan.cut), plan))
+
+        def decode(rows: slice, output: Output) -> list[Launch]:
+            paths, M = 2 if operand.two_paths else 1, len(output.out)
+            plan = launch_linear.plan_fp4_decode(weight, M, "fp4", sms=self.device.sms, paths=paths)
+            return [launch_linear.fp4_decode(operand[rows], weight, output, self._workspace(plan.cut), plan)]
+
+        def prefill(rows: slice, output: Output) -> list[Launch]:
+            return self._prefill.fp4_linear(operand[rows], weight, output)
+
+        return self._multiply(output, num_decode_rows, decode, prefill)
 
     def w4a16_linear(
         self,
@@ -388,9 +413,18 @@ class GpuOps:
         residual: Array | None = None,
         num_decode_rows: int | None = None,
     ) -> Array:
-        plan = launch_linear.plan_fp4_decode(weight, len(out), launch_rows.type_name(x.dtype), sms=self.device.sms)
-        output, workspace = Output(out, bias, residual), self._workspace(plan.cut)
-        return self._into(out, launch_linear.w4a16_decode(x, weight, output, workspace, plan))
+        input_type = launch_rows.type_name(x.dtype)
+        if input_type == "f16" and weight.format != "nvfp4":
+            num_decode_rows = None  # whose scales f16 does not have: no kernel for many tokens takes them
+
+        def decode(rows: slice, output: Output) -> list[Launch]:
+            plan = launch_linear.plan_fp4_decode(weight, len(output.out), input_type, sms=self.device.sms)
+            return [launch_linear.w4a16_decode(x[rows], weight, output, self._workspace(plan.cut), plan)]
+
+        def prefill(rows: slice, output: Output) -> list[Launch]:
+            return self._prefill.w4a16_linear(x[rows], weight, output)
+
+        return self._multiply(Output(out, bias, residual), num_decode_rows, decode, prefill)
 
     def pack_fp8(self, shards: Sequence[Fp8Matrix]) -> Fp8Units:
         return weight_layout.pack_fp8(shards).on(self.device.upload)
@@ -405,9 +439,14 @@ class GpuOps:
         residual: Array | None = None,
         num_decode_rows: int | None = None,
     ) -> Array:
-        plan = launch_linear.plan_fp8_decode(weight, len(out), "fp8", sms=self.device.sms)
-        output, workspace = Output(out, bias, residual), self._workspace(plan.cut)
-        return self._into(out, launch_linear.fp8_decode(operand, weight, output, workspace, plan))
+        def decode(rows: slice, output: Output) -> list[Launch]:
+            plan = launch_linear.plan_fp8_decode(weight, len(output.out), "fp8", sms=self.device.sms)
+            return [launch_linear.fp8_decode(operand[rows], weight, output, self._workspace(plan.cut), plan)]
+
+        def prefill(rows: slice, output: Output) -> list[Launch]:
+            return self._prefill.fp8_linear(operand[rows], weight, output)
+
+        return self._multiply(Output(out, bias, residual), num_decode_rows, decode, prefill)
 
     def w8a16_linear(
         self,
@@ -419,9 +458,24 @@ class GpuOps:
         residual: Array | None = None,
         num_decode_rows: int | None = None,
     ) -> Array:
-        plan = launch_linear.plan_fp8_decode(weight, len(out), launch_rows.type_name(x.dtype), sms=self.device.sms)
-        output, workspace = Output(out, bias, residual), self._workspace(plan.cut)
-        return self._into(out, launch_linear.w8a16_decode(x, weight, output, workspace, plan))
+        def decode(rows: slice, output: Output) -> list[Launch]:
+            input_type = launch_rows.type_name(x.dtype)
+            plan = launch_linear.plan_fp8_decode(weight, len(output.out), input_type, sms=self.device.sms)
+            return [launch_linear.w8a16_decode(x[rows], weight, output, self._workspace(plan.cut), plan)]
+
+        def prefill(rows: slice, output: Output) -> list[Launch]:
+            return self._prefill.w8a16_linear(x[rows], weight, output)
+
+        return self._multiply(Output(out, bias, residual), num_decode_rows, decode, prefill)
+
+    def _multiply(self, output: Output, num_decode_rows: int | None, decode: _Launches, prefill: _Launches) -> Array:
+        """Run a product's launches for its decode rows and for its prefill rows."""
+        T = len(output.out)
+        n = T if num_decode_rows is None or self.deterministic else num_decode_rows
+        for rows, launches in ((slice(0, n), decode), (slice(n, T), prefill)):
+            if rows.start < rows.stop:
+                self._into(output.out, *launches(rows, output.of(rows)))
+        return output.out
 
     def _workspace(self, cut: KCut) -> Workspace:
         """Scratch for one product: launches share it one after the other."""

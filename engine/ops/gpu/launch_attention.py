@@ -1,10 +1,11 @@
 """Launches of the attention kernels: which rows go to which kernel, grids, shared memory, scratch.
 
 A step is planned once, from the batch (`plan_attention`), and launched in every layer (`launches`). A row is a (token,
-query head) pair of one KV head's group, as in cuda/attention_tile.cuh. Sequences with few new rows are split along
-their context over many blocks (attention_decode); the others go through attention_prefill, 128 rows to a block. That
-choice follows from the sequence alone, so batch-mates never change a result; with `deterministic` the two kernels give
-a row the same bits. fp32 models have one kernel for all their rows, attention_f32, always deterministic and never fast.
+query head) pair of one KV head's group, as in cuda/attention_tile.cuh. Where decode rows are few they are split along
+their context over many blocks (attention_decode); all others go through attention_prefill, 128 rows to a block, which
+gives decode rows the bits that attention_decode would, and takes a faster order of sums for prefill rows. So how many
+there are, which batch-mates decide, never changes a result. fp32 models have one kernel for all their rows,
+attention_f32, with one order and never fast.
 
 Nothing here allocates or launches: arrays, NumPy's or a device's, are the caller's, and `Launch` says what to run.
 """
@@ -97,7 +98,8 @@ class AttentionPlan:
     """A step's rows shared out. The items go to the device; the rest is for launching."""
 
     decode_items: I32  # [n, 8], see AttentionItem in cuda/attention_tile.cuh
-    prefill_items: I32  # [n, 8]
+    prefill_items: I32  # [n, 8], those of decode rows first
+    num_like_decode: int  # how many these are
     partial_rows: int  # of a decode item, at most
     num_partials: int
     most_splits: int  # of a decode item; 0 where there is none
@@ -157,7 +159,9 @@ def plan_attention(batch: Batch, shape: AttentionShape, window: int | None = Non
     G = shape.G
     new_tokens = np.diff(batch.query_start).astype(np.int64)
     rows, positions = new_tokens * G, batch.context_lens - new_tokens
-    few = np.zeros(len(rows), bool) if shape.dtype == "f32" else _few_rows(rows, G, batch.context_lens)
+    num_decode_rows = batch.query_start[-1] if batch.num_decode_rows is None else batch.num_decode_rows
+    decoding = batch.query_start[:-1] < num_decode_rows
+    few = decoding & (shape.dtype != "f32") & _few_rows(rows, G, batch.context_lens)
     step = np.where(few, _whole_tokens(DECODE_ROWS, G), _whole_tokens(shape.prefill_rows, G))
 
     items_of = -(-rows // step)
@@ -176,10 +180,11 @@ def plan_attention(batch: Batch, shape: AttentionShape, window: int | None = Non
     items = np.zeros((len(s), _ITEM), np.int32)
     items[:, : len(columns)] = np.stack(columns, axis=1)
     items[decode, FIRST_PARTIAL] = first_partial
-    longest_first = np.argsort(-highest[~decode], kind="stable")
+    order = np.lexsort((-highest[~decode], ~decoding[s][~decode]))  # decode rows, then longest first
     return AttentionPlan(
         decode_items=items[decode],
-        prefill_items=items[~decode][longest_first],
+        prefill_items=items[~decode][order],
+        num_like_decode=int(np.count_nonzero(decoding[s] & ~decode)),
         partial_rows=partial_rows,
         num_partials=num_partials,
         most_splits=int(splits.max(initial=0)),
@@ -220,7 +225,6 @@ def launches(
     *,
     scale: float,
     window: int | None = None,
-    deterministic: bool = False,
     split_blocks: int | None = None,
 ) -> list[Launch]:
     """The launches that write out, in order.
@@ -241,15 +245,16 @@ def launches(
     sizes = [np.int32(shape.H), np.int32(shape.KVH), np.int32(shape.D), np.float32(scale)]
     sizes += [np.int32(window or NO_WINDOW), arrays.k_scales, arrays.v_scales]
     tail = [arrays.out, _stride(arrays.out)]
-    n = len(plan.prefill_items)
     if shape.dtype == "f32":
+        n = len(plan.prefill_items)
         args = [*head, arrays.prefill_items, *sizes[:5], *tail]  # no scales
         return [Launch(FP32, "attention_f32", (shape.KVH, n, 1), (256, 1, 1), 0, args)] if n else []
-    if n:
-        args = [*head, arrays.prefill_items, *sizes, np.int32(deterministic), *tail]
-        block = (256 if shape.padded <= 128 else 128, 1, 1)
-        grid = (shape.KVH, n, 1)
-        found.append(Launch(PREFILL, shape.kernel("prefill"), grid, block, shape.shared_bytes("prefill"), args))
+    parts = slice(0, plan.num_like_decode), slice(plan.num_like_decode, len(plan.prefill_items))
+    for part, like_decode in zip(parts, (1, 0), strict=True):
+        if n := part.stop - part.start:
+            args = [*head, arrays.prefill_items[part], *sizes, np.int32(like_decode), *tail]
+            block, grid = (256 if shape.padded <= 128 else 128, 1, 1), (shape.KVH, n, 1)
+            found.append(Launch(PREFILL, shape.kernel("prefill"), grid, block, shape.shared_bytes("prefill"), args))
     for part in plan.rounds if len(plan.decode_items) else ():
         n = len(plan.decode_items[part])
         scratch = [arrays.partials, np.int32(plan.partial_rows), arrays.arrivals]

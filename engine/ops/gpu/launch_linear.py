@@ -1,12 +1,13 @@
 """Launches of the matrix products: which kernel, how the work is cut, what arguments; headers of cuda/linear_* say why.
 
-Three families, each for every kind of weight; `family` says which is for how many tokens:
-    decode    few tokens, bound by reading the weight; serves any number in column groups (deterministic=True)
-    tile      many tokens on mma.sync, sm_80 and newer; SharQ's backbone on sparse products
-    wgmma     many tokens on sm_90a; bf16 activations, FP4 and FP8 ones made so
+Three families, each for every kind of weight:
+    decode    decode rows; for few tokens, bound by reading the weight; serves any number in column groups
+    tile      prefill rows on mma.sync, sm_80 and newer; SharQ's backbone on sparse products
+    wgmma     prefill rows on sm_90a; bf16 activations, FP4 and FP8 ones made so
 
 Nothing here allocates or launches. Within a family a token's bits depend on its row, K and N alone (`slice_k`, and the
-width of a wgmma tile); all else that a plan chooses is for speed. Families sum in different orders.
+width of a wgmma tile); all else that a plan chooses is for speed. Families sum in different orders, which is why the
+kind of a row says which it takes (`engine.scheduler`), and never how many rows there are.
 """
 
 from __future__ import annotations
@@ -29,17 +30,11 @@ OUTPUT_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dt
 EXPAND_THREADS = 256
 
 
-Family = Literal["decode", "tile", "wgmma"]
 DECODE_TOKENS = 64  # two column groups of 32: beyond, dequantising over and over costs more than reading
 
 
-def family(arch: str, M: int, dtype: np.dtype[Any], *, deterministic: bool = False) -> Family:
-    """The kernels for M tokens on `arch` ("sm_80" … "sm_90a"); dtype: of 16-bit activations, bfloat16 for others.
-
-    deterministic: one family for every M, so that a token's bits do not depend on how many there are.
-    """
-    if deterministic or M <= DECODE_TOKENS:
-        return "decode"
+def prefill_family(arch: str, dtype: np.dtype[Any]) -> Literal["tile", "wgmma"]:
+    """Of prefill rows on `arch` ("sm_80" … "sm_120a"); dtype: of 16-bit activations, bfloat16 for others."""
     return "wgmma" if arch == "sm_90a" and dtype == ml_dtypes.bfloat16 else "tile"
 
 
@@ -132,6 +127,10 @@ class Output:
     out: Any  # [M, N] float32, float16 or bfloat16
     bias: Any = None  # [N] float32
     residual: Any = None  # [M, N] of out's dtype; may be out
+
+    def of(self, rows: slice) -> Output:
+        """These rows' part."""
+        return Output(self.out[rows], self.bias, None if self.residual is None else self.residual[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +262,14 @@ class Expanded:
     first: Any
     second: Any = None
     metadata: Any = None
+
+
+def prefill_kind(arch: str, operand: Any) -> Kind:
+    """What prefill rows of an FP4 operand are expanded to."""
+    if not hasattr(operand, "residual"):
+        return "one"
+    on_tiles = prefill_family(arch, np.dtype(ml_dtypes.bfloat16)) == "tile"
+    return "sparse_and_dense" if on_tiles and operand.meta is not None else "two"
 
 
 def expanded_shapes(kind: Kind, M: int, K: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:

@@ -3,7 +3,8 @@
 A decode step runs a few hundred kernels of a few microseconds each; launching them one by one from Python takes longer
 than running them. Steps in which every sequence has one new token are therefore recorded, lazily: for 1, 2, 4, 8, 16,
 24 … sequences and for contexts of up to 16, 32, 64 … blocks, so that few recordings serve all (`StagedDecode` says what
-fills the rest of one). Replayed or not, a token's result has the same bits. Steps with longer chunks run as they are.
+fills the rest of one). Replayed or not, a token's result has the same bits. Steps with longer chunks, or with prefill
+rows, run as they are.
 
 A step meets the host once, where it gives it the tokens; the flag that kernels raise for NaN comes with them. Rows that
 log-probabilities are wanted of, or that no token can be chosen from, are left to the host's sampler.
@@ -103,7 +104,8 @@ class GpuSteps:
     def decode(self, batch: Batch, forward: Forward) -> Any:
         """Hidden states [S, C] of a decode step, valid until the next step; None for any other step."""
         S = len(batch.context_lens)
-        if not self._record or len(batch.token_ids) > S:
+        one_order = batch.num_decode_rows in (None, S)
+        if not self._record or len(batch.token_ids) > S or not one_order:
             return None
         assert self._max_num_seqs >= S, f"{S} sequences in a step, more than max_num_seqs {self._max_num_seqs}"
         step = self._decode(min(bucket(S), self._max_num_seqs), int(batch.context_lens.max()))
