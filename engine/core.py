@@ -223,6 +223,15 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What no step exceeds, so that memory for any can be taken before the first."""
+
+    tokens: int
+    sequences: int
+    context: int  # tokens of one sequence, its new ones included
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingRow:
     """What choosing the token of one row takes, as numbers: `engine.sampler`'s steps 2 to 10. Ids are distinct."""
 

@@ -41,7 +41,7 @@ from engine.ops.fp8 import E4M3
 from engine.progress import progress_bar
 from engine.quant.registry import AS_STORED, check_quant, resolve
 from engine.request import Request
-from engine.runner import ModelRunner, activation_dtype, cache_dtype, plan_cache, sequence_length
+from engine.runner import ModelRunner, activation_dtype, cache_dtype, sequence_length, start_runner
 from engine.sampler import check_against_vocab, resolve_seed
 from engine.scheduler import Scheduler, check_prompt_length
 from engine.tokenizer import Tokenizer
@@ -137,19 +137,13 @@ class LLM:
         self.sampling_defaults: dict[str, float | int] = dict(defaults.sampling) if use_generation_config else {}
 
     def _load(self, engine: EngineConfig, ops: Ops, path: Path, *, cache: bool, progress: bool) -> ModelRunner:
-        """Weights first, then the cache, whose size follows from the memory they left."""
+        """Weights first, then scratch memory, then the cache, whose size follows from what they left."""
         bar = partial(progress_bar, shown=progress)
         loaded = load_model(self.config, path, ops, self._dtype, self.quant, self._scheme, cache=cache, progress=bar)
         self._weights = loaded.weights
-        self._plan = plan_cache(self.config, engine, ops, self._kv_dtype)
-        return ModelRunner(
-            loaded.model,
-            ops,
-            self._plan,
-            self._dtype,
-            max_num_seqs=engine.max_num_seqs,
-            kv_scales=self._kv_scales,
-        )
+        runner = start_runner(loaded.model, ops, engine, self._dtype, self._kv_dtype, self._kv_scales)
+        self._plan = runner.plan
+        return runner
 
     def _start(self, engine: EngineConfig, ops: Ops, runner: ModelRunner, stop_token_ids: Iterable[int]) -> Worker:
         pool = BlockPool(self._plan.num_blocks, ops.kv_block_size, enable_prefix_caching=engine.enable_prefix_caching)

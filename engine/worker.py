@@ -21,14 +21,12 @@ from numpy.typing import NDArray
 from engine.errors import EngineClosed, EngineError, NumericalError
 from engine.ops.contract import Array
 from engine.request import Answer, Request, fresh
-from engine.runner import ModelRunner
+from engine.runner import PROMPT_ROWS, ModelRunner
 from engine.sampler import SampledToken, prompt_logprobs, sample_row
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.step import ScheduledStep
 from engine.tokenizer import Tokenizer
-
-_PROMPT_ROWS = 64  # prompt rows whose logits are computed at once: 64 x 152k x 4 bytes = 39 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,8 @@ class Worker:
             end = EngineClosed("the engine was closed before the request was finished")
         except BaseException as error:  # not swallowed: every caller gets it
             traceback.clear_frames(error.__traceback__)  # or it would hold the model
-            end = EngineClosed(f"the engine stopped after an internal error: {error!r}")
+            told = error if isinstance(error, EngineError) else f"an internal error: {error!r}"
+            end = EngineClosed(f"the engine stopped after {told}")
             end.__cause__ = error
             self._shut(end)
         for request in self._requests | self._left_in_inbox():
@@ -215,10 +214,10 @@ class Worker:
             if row.sequence.scores_prompt and row.position < row.sequence.num_prompt:
                 wanted.setdefault(row.sequence, []).append((i, row.position))
         for sequence, rows in wanted.items():
-            for start in range(0, len(rows), _PROMPT_ROWS):
+            for start in range(0, len(rows), PROMPT_ROWS):
                 if sequence.is_finished:  # the part before was unusable
                     break
-                part = rows[start : start + _PROMPT_ROWS]
+                part = rows[start : start + PROMPT_ROWS]
                 logits = self._runner.logits(hidden, [i for i, _ in part])
                 self._record_prompt_rows(sequence.request_id, part[0][1], logits)
 

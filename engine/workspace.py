@@ -24,11 +24,11 @@ class Workspace:
 
     def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An uninitialised [shape] array, valid until the same name is taken again."""
-        size = prod(shape)
-        buffer = self._buffers.get((name, dtype))
-        if buffer is None or buffer.size < size:
-            buffer = self._buffers[name, dtype] = self._ops.empty((size,), dtype)
-        return buffer[:size].reshape(shape)
+        size, key = prod(shape), (name, dtype)
+        if key not in self._buffers or self._buffers[key].size < size:
+            self._buffers.pop(key, None)  # first, as there may be no room for both
+            self._buffers[key] = self._ops.empty((size,), dtype)
+        return self._buffers[key][:size].reshape(shape)
 
     @property
     def nbytes(self) -> int:

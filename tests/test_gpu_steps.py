@@ -24,7 +24,7 @@ from tiny_models import write_model
 import engine.llm
 import engine.worker
 from engine import LLM, RequestOutput, SamplingParams
-from engine.core import Batch, SamplingRow
+from engine.core import Batch, SamplingRow, StepLimits
 from engine.errors import DeviceError, NumericalError, RequestError
 from engine.ops.gpu.backend import GpuOps
 from engine.ops.gpu.device import EmulatedDevice
@@ -291,7 +291,7 @@ def choice(**changed: Any) -> SamplingRow:
 
 def gpu_steps(ops: GpuOps) -> GpuSteps:
     cache = ops.new_kv_cache(num_layers=1, num_blocks=4, num_kv_heads=1, head_dim=32, dtype=BF16)
-    return ops.new_steps(cache, num_heads=2, max_num_seqs=4)
+    return ops.new_steps(cache, num_heads=2, limits=StepLimits(4, 4, 64))
 
 
 def test_unusable_logits_are_left_to_the_host() -> None:

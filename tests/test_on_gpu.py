@@ -20,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 
 from engine.config import QuantConfig
-from engine.core import Batch, SamplingParams
+from engine.core import Batch, SamplingParams, StepLimits
 from engine.errors import CapacityError, DeviceError, NumericalError
 from engine.layers import Context
 from engine.models.decoder import Decoder
@@ -222,7 +222,8 @@ def test_the_same_again(loader: str) -> None:
 def test_small_recorded_steps(loader: str, quant: str) -> None:
     """Decode steps replayed from CUDA graphs give the bits of single launches, sampling kernels the host's tokens."""
     model = Model(device_string(loader), quant, sequences=5)
-    steps = model.ops.new_steps(model.cache, num_heads=CONFIG["num_attention_heads"], max_num_seqs=5)
+    limits = StepLimits(tokens=64, sequences=5, context=CONTEXT)
+    steps = model.ops.new_steps(model.cache, num_heads=CONFIG["num_attention_heads"], limits=limits)
     assert steps is not None
     model.step({s: PROMPT[s : 2 * s + 9] for s in range(5)})
     for S in (5, 3, 1, 3):  # the last replays what the second recorded
@@ -233,10 +234,9 @@ def test_small_recorded_steps(loader: str, quant: str) -> None:
         ]
         for state in states:
             state.append(PROMPT[0])
-        hidden = steps.decode(
+        hidden = steps.hidden(
             model.batch(work), lambda staged, end: model.decoder.forward_staged(staged, end, model.cache)
         )
-        assert hidden is not None
         replayed = model.ops.to_host(model.decoder.logits(hidden)).copy()
         chosen = steps.choose(hidden, range(S), [state.as_row() for state in states], model.decoder.logits)
         launched = np.concatenate(list(model.step(work).values()))

@@ -17,7 +17,8 @@ def select_backend(device: str = "auto", threads: int | None = None, *, determin
     """The backend for `device`; threads only concern the CPU (None = physical cores this process may use).
 
     "auto" is the CPU, whose results are proven; "cuda" is asked for by name. "numpy" is the slow, exact definition of
-    every operation. "cuda:extension" takes the kernels from `engine._cuda` instead of compiling them by NVRTC.
+    every operation. "cuda:extension" takes the kernels from `engine._cuda` instead of compiling them by NVRTC;
+    "cuda:debug", "cuda:extension:debug" wait for each kernel, to name one that fails.
     "emulate" runs the CUDA kernels on the CPU as on sm_90, "emulate:sm_120a" as on another architecture: slower still,
     for tests. deterministic: on a GPU, the same bits in any batch and chunk; CPUs give no
     others. Raises InvalidArgument for an unknown device, DeviceError for one that cannot be used here.
@@ -33,7 +34,10 @@ def select_backend(device: str = "auto", threads: int | None = None, *, determin
         from engine.ops.gpu.backend import GpuOps
         from engine.ops.gpu.cuda_device import CudaDevice
 
-        return GpuOps(CudaDevice(variant or "nvrtc"), deterministic=deterministic)
+        debug = variant.rpartition(":")[2] == "debug"
+        loader = variant.removesuffix("debug").removesuffix(":") if debug else variant
+        cuda = CudaDevice(loader or "nvrtc", debug=debug)
+        return GpuOps(cuda, deterministic=deterministic, record=not debug)
     if kind == "emulate":
         from engine.ops.gpu.backend import GpuOps
         from engine.ops.gpu.device import EmulatedDevice

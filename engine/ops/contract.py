@@ -19,12 +19,13 @@ Guarantees each backend gives:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import Batch, SamplingRow
+from engine.core import Batch, SamplingRow, StepLimits
 from engine.fp4_types import Format, Fp4Matrix
 from engine.fp8_types import Fp8Matrix
 from engine.ops.fp4.grades import Grade
@@ -99,12 +100,11 @@ class Steps(Protocol):
 
     description: str  # for the user: "recorded decode steps up to 64, sampling on the device"
 
-    def decode(self, batch: Batch, forward: Callable[[Any, int], Array]) -> Array | None:
-        """Hidden states [S, C] of a step in which every sequence has one new token, valid until the next step; None for
-        a step that is to be run operation by operation.
+    def hidden(self, batch: Batch, forward: Callable[[Any, int], Array]) -> Array:
+        """Hidden states [T, C] of a step, valid until the next one.
 
-        forward(staged batch, num_positions) gives the hidden states [T, C]. It may be called now and never again: what
-        it does must follow from the staged batch's shapes and from num_positions, above which no position is.
+        forward(staged batch, num_positions) gives them. It may be called now and never again: what it does must follow
+        from the staged batch's shapes and from num_positions, above which no position is.
         """
 
     def choose(
@@ -307,7 +307,14 @@ class Ops(Protocol):
         scales [2, layers], of E4M3's K and V; None: 1. Raises InvalidArgument for what the backend does not do.
         """
 
-    def new_steps(self, cache: Any, *, num_heads: int, max_num_seqs: int) -> Steps | None:
+    def rehearsal(self) -> AbstractContextManager[object] | None:
+        """Steps run inside take the memory that they need and compute nothing; later ones find what is kept of it.
+
+        What it yields holds the rest, which a step takes in passing, for as long as it lives. None where the backend
+        does not ask for that. Raises CapacityError as operations do.
+        """
+
+    def new_steps(self, cache: Any, *, num_heads: int, limits: StepLimits) -> Steps | None:
         """For a model of so many query heads, whose K and V this cache takes; None where steps are run operation by
         operation and the host chooses tokens."""
 

@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import Batch
+from engine.core import Batch, StepLimits
 from engine.errors import InvalidArgument, NumericalError
 from engine.fp4_types import BLOCKS, Format, Fp4Matrix, SharqOperand
 from engine.fp8_types import Fp8Matrix, Fp8Operand
@@ -433,7 +433,10 @@ class ReferenceOps:
     def kv_cache_budget(self) -> int:
         return kv_cache_budget()
 
-    def new_steps(self, cache: Any, *, num_heads: int, max_num_seqs: int) -> None:
+    def rehearsal(self) -> None:
+        """None: the cache leaves most of the memory."""
+
+    def new_steps(self, cache: Any, *, num_heads: int, limits: StepLimits) -> None:
         """None: there is no device to keep busy."""
 
     def new_kv_cache(

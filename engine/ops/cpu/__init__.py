@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from engine import _native
 from engine._native import KVCache, PackedFp4, PackedFp8, PackedWeight, PreparedOperand
-from engine.core import Batch
+from engine.core import Batch, StepLimits
 from engine.fp4_types import Format, Fp4Matrix, SharqOperand
 from engine.fp8_types import Fp8Matrix, Fp8Operand
 from engine.memory import kv_cache_budget
@@ -229,7 +229,10 @@ class CpuOps:
     def kv_cache_budget(self) -> int:
         return kv_cache_budget()
 
-    def new_steps(self, cache: Any, *, num_heads: int, max_num_seqs: int) -> None:
+    def rehearsal(self) -> None:
+        """None: the cache leaves most of the memory."""
+
+    def new_steps(self, cache: Any, *, num_heads: int, limits: StepLimits) -> None:
         """None: there is no device to keep busy."""
 
     def new_kv_cache(

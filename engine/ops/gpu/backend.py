@@ -13,7 +13,8 @@ here: it is for comparing with the paper and multiplies in NumPy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import Batch
+from engine.core import Batch, StepLimits
 from engine.errors import InvalidArgument
 from engine.fp4_types import Format, Fp4Matrix
 from engine.fp8_types import Fp8Matrix
@@ -30,7 +31,7 @@ from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
 from engine.ops.fp8 import cache_scales
 from engine.ops.gpu import launch_attention, launch_linear, launch_linear_sm120, launch_rows, weight_layout
-from engine.ops.gpu.device import Device
+from engine.ops.gpu.device import Device, RehearsalDevice
 from engine.ops.gpu.launch import Launch
 from engine.ops.gpu.launch_attention import AttentionShape
 from engine.ops.gpu.launch_linear import OUTPUT_TYPES, KCut, Output, Workspace
@@ -158,7 +159,6 @@ class GpuOps:
         fp4 = ", FP4 instructions" if self._fp4_instructions else ""
         self.kernel_path = device.name + fp4 + (", deterministic" if deterministic else "")
         self._host = ReferenceOps()  # for what happens once, before weights are uploaded
-        self._split_products = Workspace(device.empty((1,), _F32), device.zeros((1,), _U32))
         self._scratch = Scratch(device)
         self._prefill = PrefillProducts(device, self._scratch)
         self._report = StepReport(device)
@@ -224,7 +224,15 @@ class GpuOps:
         k_scales, v_scales = (self.device.upload(np.repeat(own[:, None], num_kv_heads, axis=1)) for own in scales)
         return GpuKVCache(k, v, k_scales, v_scales)
 
-    def new_steps(self, cache: GpuKVCache, *, num_heads: int, max_num_seqs: int) -> GpuSteps:
+    @contextmanager
+    def rehearsal(self) -> Iterator[object]:
+        device, self.device = self.device, RehearsalDevice(self.device)
+        try:
+            yield self.device.passing
+        finally:
+            self.device = device
+
+    def new_steps(self, cache: GpuKVCache, *, num_heads: int, limits: StepLimits) -> GpuSteps:
         return GpuSteps(
             self.device,
             self._scratch,
@@ -232,7 +240,8 @@ class GpuOps:
             cache.attention_shape(num_heads),
             block_size=self.kv_block_size,
             spare_block=cache.num_blocks,
-            max_num_seqs=max_num_seqs,
+            limits=limits,
+            stage=self.stage,
             record=self._record,
         )
 
@@ -479,11 +488,8 @@ class GpuOps:
 
     def _workspace(self, cut: KCut) -> Workspace:
         """Scratch for one product: launches share it one after the other."""
-        if cut.partials > self._split_products.partials.size:
-            self._split_products = replace(self._split_products, partials=self.device.empty((2 * cut.partials,), _F32))
-        if cut.arrivals > self._split_products.arrivals.size:
-            self._split_products = replace(self._split_products, arrivals=self.device.zeros((2 * cut.arrivals,), _U32))
-        return self._split_products
+        partials = self._scratch.take("split products", (max(1, cut.room),), _F32)
+        return Workspace(partials, self._scratch.counters("split products", max(1, cut.arrivals)))
 
     # ---- launching ---------------------------------------------------------------------------------------------------
 

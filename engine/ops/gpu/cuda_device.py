@@ -10,7 +10,8 @@ Which GPU: the first that CUDA_VISIBLE_DEVICES leaves.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from math import prod
 from types import ModuleType
 from typing import Any, cast
@@ -20,14 +21,15 @@ from numpy.typing import NDArray
 
 from engine.errors import CapacityError, DeviceError, InvalidArgument
 from engine.ops.gpu.kernel_loaders import LOADERS, make_loader
-from engine.ops.gpu.launch import Launch
+from engine.ops.gpu.launch import Launch, check_shared
 
 _ARCHITECTURES = {
     (8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a", (12, 0): "sm_120a",
     (12, 1): "sm_121a",
 }  # fmt: skip
 _STAGING = 4  # copies from the host that may be under way
-_KV_SHARE = 0.9  # of what the weights left; the rest is scratch, and grows with the batch
+# Kept from the KV cache for the driver: modules and graphs as they come, gaps between allocations.
+_DRIVERS_SHARE, _DRIVERS_MOST = 0.1, 1 << 30
 
 
 class GpuArray:
@@ -92,17 +94,24 @@ class CudaGraph:
     It keeps all memory that its kernels read and write.
     """
 
-    def __init__(self, graph: Any, stream: Any, launches: Sequence[Launch]) -> None:
+    def __init__(self, device: CudaDevice, graph: Any, launches: Sequence[Launch]) -> None:
+        self._device = device
         self._graph = graph
-        self._stream = stream
         self._launches = launches
 
     def run(self) -> None:
-        self._graph.launch(self._stream)
+        """Raises DeviceError; with debug it says whose kernels failed."""
+        with self._device.told("starting a graph"):
+            self._graph.launch(self._device.stream)
+        if self._device.debug:
+            kernels = ", ".join(dict.fromkeys(launch.kernel for launch in self._launches))
+            with self._device.told(f"a graph of {kernels}"):
+                self._device.stream.synchronize()
 
 
 class CudaDevice:
-    """The GPU, with kernels from `loader`. debug: wait after each launch, so that a failure names its kernel.
+    """The GPU, with kernels from `loader`. debug: wait after each launch, so that a failure names its kernel; without,
+    CUDA tells of it at some later call.
 
     sms: its multiprocessors; l2_bytes: its last-level cache; memory_bytes: all it has. Raises DeviceError where CuPy, a
     driver, the loader, or a GPU the kernels exist for is missing; InvalidArgument for an unknown loader.
@@ -127,6 +136,7 @@ class CudaDevice:
                 f"GPU has {capability[0]}.{capability[1]}"
             )
         self.arch = _ARCHITECTURES[capability]
+        self.debug = debug
         self.sms = int(properties["multiProcessorCount"])
         self.l2_bytes = int(properties["l2CacheSize"])
         self.memory_bytes = int(properties["totalGlobalMem"])
@@ -142,18 +152,19 @@ class CudaDevice:
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> GpuArray:
         nbytes = prod(shape) * dtype.itemsize
         try:
-            memory = self._cupy.cuda.alloc(max(nbytes, 16))
+            with self.told("taking memory"):
+                memory = self._cupy.cuda.alloc(max(nbytes, 16))
         except self._cupy.cuda.memory.OutOfMemoryError as problem:
             raise CapacityError(
-                f"the GPU has no {nbytes / 2**20:.0f} MiB left ({self.free_bytes() / 2**20:.0f} MiB are free); lower "
-                "max_model_len, max_num_seqs or kv_cache_bytes, or choose a smaller quant"
+                f"the GPU has no {nbytes / 2**20:.0f} MiB left ({self.free_bytes() / 2**20:.0f} MiB are free)"
             ) from problem
         return GpuArray(memory, int(memory.ptr), shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> GpuArray:
         array = self.empty(shape, dtype)
         if array.nbytes:
-            self._cupy.cuda.runtime.memsetAsync(array.address, 0, array.nbytes, self.stream.ptr)
+            with self.told("zeroing memory"):
+                self._cupy.cuda.runtime.memsetAsync(array.address, 0, array.nbytes, self.stream.ptr)
         return array
 
     def upload(self, array: NDArray[Any]) -> GpuArray:
@@ -174,10 +185,11 @@ class CudaDevice:
         if not host.nbytes:
             return
         source = np.ascontiguousarray(host)
-        pinned, copied = self._pinned(source.nbytes)
-        ctypes.memmove(pinned.ptr, source.ctypes.data, source.nbytes)
-        self._copy(array.address, pinned.ptr, source.nbytes, "memcpyHostToDevice")
-        copied.record(self.stream)
+        with self.told("copying to the GPU"):
+            pinned, copied = self._pinned(source.nbytes)
+            ctypes.memmove(pinned.ptr, source.ctypes.data, source.nbytes)
+            self._copy(array.address, pinned.ptr, source.nbytes, "memcpyHostToDevice")
+            copied.record(self.stream)
 
     def _pinned(self, nbytes: int) -> tuple[Any, Any]:
         """Pinned memory whose last use is over, and the event to record behind the next: they take turns."""
@@ -213,38 +225,51 @@ class CudaDevice:
         return whole
 
     def kv_cache_budget(self) -> int:
-        return int(self.free_bytes() * _KV_SHARE)
+        free = self.free_bytes()
+        return free - min(int(free * _DRIVERS_SHARE), _DRIVERS_MOST)
 
     def free_bytes(self) -> int:
         """Memory that could be had now."""
-        free, _ = self._cupy.cuda.runtime.memGetInfo()
+        with self.told("asking for free memory"):
+            free, _ = self._cupy.cuda.runtime.memGetInfo()
         return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def _copy(self, target: int, source: int, nbytes: int, kind: str) -> None:
         if self._captured is not None:
             raise DeviceError("a copy to or from the host cannot be part of a CUDA graph")
         runtime = self._cupy.cuda.runtime
-        runtime.memcpyAsync(target, source, nbytes, getattr(runtime, kind), self.stream.ptr)
+        with self.told("copying"):
+            runtime.memcpyAsync(target, source, nbytes, getattr(runtime, kind), self.stream.ptr)
 
     # ---- work --------------------------------------------------------------------------------------------------------
 
     def launch(self, launch: Launch) -> None:
+        check_shared(launch, self.arch)
         if self._captured is not None:
             self._captured.append(launch)
         self._loader.launch(launch, self.stream)
 
     def record(self, launches: Sequence[Launch]) -> Callable[[], None]:
         """A call that runs all of these in order: from C++ at once, with the extension."""
+        for launch in launches:
+            check_shared(launch, self.arch)
         return self._loader.record(launches, self.stream)
 
     def synchronize(self) -> None:
         """Wait for everything launched so far. Raises DeviceError where some of it failed."""
-        try:
+        with self.told("waiting for the GPU"):
             self.stream.synchronize()
+
+    @contextmanager
+    def told(self, doing: str) -> Iterator[None]:
+        """What CUDA reports of a call, as DeviceError: its own failure, or that of anything launched before."""
+        try:
+            yield
         except self._cupy.cuda.runtime.CUDARuntimeError as problem:
+            which = "" if self.debug else "; device='cuda:debug' names it"
             raise DeviceError(
-                f"a kernel failed on the GPU ({problem}); CudaDevice(debug=True) says which. This process has lost its "
-                "GPU context: start anew"
+                f"{doing}: {problem}. Where that is an illegal access or a failed launch, a kernel did it{which}, and "
+                "this process has lost its GPU: start anew"
             ) from problem
 
     def capture(self, work: Callable[[], object]) -> CudaGraph:
@@ -255,18 +280,22 @@ class CudaDevice:
         work()
         self.synchronize()
         launches: list[Launch] = []
-        self._captured = launches
-        try:
+        with self.told("capturing a CUDA graph"):
+            self._captured = launches
             self.stream.begin_capture()
             try:
                 work()
+            except BaseException:
+                self._abandon_capture()
+                raise
             finally:
-                graph = self.stream.end_capture()
-        except self._cupy.cuda.runtime.CUDARuntimeError as problem:
-            raise DeviceError(f"the work cannot be captured into a CUDA graph ({problem})") from problem
-        finally:
-            self._captured = None
-        return CudaGraph(graph, self.stream, launches)
+                self._captured = None
+            return CudaGraph(self, self.stream.end_capture(), launches)
+
+    def _abandon_capture(self) -> None:
+        """End it, so that the stream can be used again; what is wrong with it is on its way already."""
+        with suppress(self._cupy.cuda.runtime.CUDARuntimeError):
+            self.stream.end_capture()
 
     def seconds(self, work: Callable[[], object]) -> float:
         """How long the GPU takes for what `work` launches, by CUDA events."""

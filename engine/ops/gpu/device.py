@@ -16,7 +16,7 @@ from engine.errors import DeviceError
 from engine.memory import kv_cache_budget
 from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule, Schedule
 from engine.ops.gpu.host_build import Architecture
-from engine.ops.gpu.launch import Launch
+from engine.ops.gpu.launch import Launch, check_shared
 
 # Multiprocessors of the GPU that stands for an emulated architecture: of V100, T4, A100, A40, Orin, L40S, H200, B200,
 # B300, RTX 5090 and GB10.
@@ -55,7 +55,7 @@ class Device(Protocol):
         """A copy on the host, once all launches before are done."""
 
     def launch(self, launch: Launch) -> None:
-        """Put one kernel behind those launched before."""
+        """Put one kernel behind those launched before. Raises DeviceError for what the device cannot run."""
 
     def capture(self, work: Callable[[], object]) -> Recording:
         """Record what `work` zeroes and launches. It is called twice: run once, then recorded, which runs nothing.
@@ -65,6 +65,45 @@ class Device(Protocol):
 
     def kv_cache_budget(self) -> int:
         """Bytes that a KV cache may take now unless told otherwise."""
+
+
+class RehearsalDevice:
+    """Takes memory as the device it stands for does, and computes nothing: what is launched, sent or read is not.
+
+    passing: what was taken, so that nothing of it can be taken twice before this is gone.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.name, self.arch, self.sms = device.name, device.arch, device.sms
+        self.passing: list[Any] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        self.passing.append(self._device.empty(shape, dtype))
+        return self.passing[-1]
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        self.passing.append(self._device.zeros(shape, dtype))
+        return self.passing[-1]
+
+    def upload(self, array: NDArray[Any]) -> Any:
+        return self._device.upload(array)  # a table that later steps find as it is
+
+    def write(self, array: Any, host: NDArray[Any]) -> None:
+        pass
+
+    def download(self, array: Any) -> NDArray[Any]:
+        return np.zeros(array.shape, array.dtype)
+
+    def launch(self, launch: Launch) -> None:
+        pass
+
+    def capture(self, work: Callable[[], object]) -> Recording:
+        work()
+        return EmulatedRecording([])
+
+    def kv_cache_budget(self) -> int:
+        return self._device.kv_cache_budget()
 
 
 class EmulatedRecording:
@@ -121,6 +160,7 @@ class EmulatedDevice:
         return array.copy()
 
     def launch(self, launch: Launch) -> None:
+        check_shared(launch, self.arch)
         module = self._modules.get(launch.source)
         if module is None:
             module = EmulatedModule.compile(launch.source, arch=self.arch, checked=self._checked)

@@ -33,6 +33,7 @@ from pathlib import Path
 from engine.cache_directory import cache_directory
 from engine.errors import DeviceError
 from engine.ops.gpu import elf, ptx_rewrite, sources
+from engine.ops.gpu.launch import SHARED_LIMITS
 
 # -march=native cannot change results: contraction is off, and without -ffast-math nothing is reordered. It makes fmaf
 # an instruction instead of a call.
@@ -58,8 +59,6 @@ CHECKING_FLAGS = (
     "--param=tsan-instrument-func-entry-exit=0",
 )
 GAP_BYTES = 256  # between shared arrays of a checking build: an overflow by up to this much is seen as one
-# Dynamic shared memory a block may ask for (CUDA C++ Programming Guide, table of technical specifications).
-SHARED_LIMITS = {70: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
 ENTRY = re.compile(
     r'extern\s*"C"\s*__attribute__\(\(noinline, visibility\("default"\)\)\)\s*'
@@ -86,7 +85,7 @@ class Architecture:
     @property
     def shared_limit(self) -> int:
         """Bytes of dynamic shared memory that a block may ask for."""
-        return SHARED_LIMITS[self.number] * 1024
+        return SHARED_LIMITS[self.number] << 10
 
     @property
     def defines(self) -> tuple[str, ...]:

@@ -54,7 +54,8 @@ class NvrtcKernels:
             if self._debug and not stream.is_capturing():
                 stream.synchronize()
         except (self._cupy.cuda.driver.CUDADriverError, self._cupy.cuda.runtime.CUDARuntimeError) as problem:
-            raise DeviceError(f"running {launch.kernel} of {launch.source}: {problem}") from problem
+            before = "" if self._debug else " (or of a kernel launched before; device='cuda:debug' says)"
+            raise DeviceError(f"running {launch.kernel} of {launch.source}: {problem}{before}") from problem
 
     def record(self, launches: Sequence[Launch], stream: Any) -> Callable[[], None]:
         held = list(launches)

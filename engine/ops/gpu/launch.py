@@ -1,11 +1,19 @@
-"""One kernel launch as plain data: what every device takes, and what the launch_* modules make."""
+"""One kernel launch as plain data: what every device takes, and what the launch_* modules make.
+
+How much shared memory a block may have is said here, once: plans ask `shared_limit`, devices refuse what goes beyond.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from engine.errors import DeviceError
+
 Dim3 = tuple[int, int, int]
+# KiB of shared memory a block may ask for, its static arrays counted, by compute capability (CUDA C++ Programming
+# Guide, table of technical specifications).
+SHARED_LIMITS = {70: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
 
 class Launch(NamedTuple):
@@ -15,3 +23,17 @@ class Launch(NamedTuple):
     block: Dim3  # threads
     shared: int  # bytes of dynamic shared memory
     args: Sequence[Any]  # device arrays, None for a null pointer, NumPy scalars of the parameter's exact type
+
+
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory that a block may have on an architecture such as "sm_90a"."""
+    return SHARED_LIMITS[int(arch.removeprefix("sm_").rstrip("af"))] << 10
+
+
+def check_shared(launch: Launch, arch: str) -> None:
+    """Raise DeviceError for a launch that no block has room for. Static arrays, which it does not see, are the driver's
+    to refuse."""
+    if launch.shared > shared_limit(arch):
+        raise DeviceError(
+            f"{launch.kernel} needs {launch.shared} bytes of shared memory; a block has {shared_limit(arch)} on {arch}"
+        )

@@ -89,7 +89,8 @@ class AttentionShape:
         stages = 2 if two_stages else 1
         tile = TILE_TOKENS * (self.padded + 8) * 2
         if self.kv_e4m3:
-            return 2 * stages * TILE_TOKENS * self.padded + 2 * tile
+            one_wide = operation == "decode" and self.padded > 128  # K and V take turns
+            return 2 * stages * TILE_TOKENS * self.padded + (1 if one_wide else 2) * tile
         return 2 * stages * tile
 
 
@@ -125,15 +126,14 @@ def num_splits(first_token: Any, last_token: Any) -> Any:
     return split_of_tile(last_token // TILE_TOKENS) - split_of_tile(first_token // TILE_TOKENS) + 1
 
 
-def most_partials(shape: AttentionShape, *, tokens: int, sequences: int, context: int) -> int:
-    """The largest `partials_size` of a step of so many tokens and sequences, each of up to `context` tokens."""
-    splits = int(num_splits(0, context - 1))
-    if shape.dtype == "f32" or splits == 1:
-        return 0
+def most_scratch(shape: AttentionShape, *, tokens: int, sequences: int, context: int) -> tuple[int, int]:
+    """The largest `partials_size` and `arrivals_size` of a step of so many tokens and sequences, each of up to
+    `context` tokens."""
     rows = _whole_tokens(DECODE_ROWS, shape.G)
     items = tokens * shape.G // rows + min(tokens, sequences)
-    item = splits * shape.KVH * rows * (shape.D + 4)
-    return min(items * item, max(MOST_PARTIALS, item))
+    splits = int(num_splits(0, context - 1))
+    item = splits * shape.partial_size(rows) if splits > 1 else 0
+    return min(items * item, max(MOST_PARTIALS, item)), items * shape.KVH
 
 
 def in_rounds(partials: I64, unit: int) -> tuple[I64, int, tuple[slice, ...]]:

@@ -28,6 +28,8 @@ STAGES = 4  # kStages
 RESULT_PADDING = 8  # kResultPadding
 OUTPUT_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 EXPAND_THREADS = 256
+# Four blocks an SM of 32 tokens and 128 rows, the largest of plan_decode; launch_linear_sm120's have no more.
+MOST_SPLIT = 4 * 32 * 128
 
 
 DECODE_TOKENS = 64  # two column groups of 32: beyond, dequantising over and over costs more than reading
@@ -55,6 +57,7 @@ class KCut:
     slices_per_block: int
     partials: int  # floats of workspace; 0 where a block has all slices
     arrivals: int  # counters, zero before and after
+    room: int  # floats that suffice for this and for all fewer tokens
 
     @property
     def splits(self) -> int:
@@ -62,18 +65,23 @@ class KCut:
         return -(-self.slices // self.slices_per_block)
 
 
-def cut_k(M: int, N: int, K: int, *, blocks: int, splits: int) -> KCut:
-    """blocks: that share M · N; splits: how many of these K should be shared by, for speed. It changes no bit."""
+def cut_k(M: int, N: int, K: int, *, sms: int, blocks: int, splits: int) -> KCut:
+    """blocks: that share M · N; splits: how many of these K should be shared by, for speed. It changes no bit.
+
+    K is split where blocks are few: `MOST_SPLIT` results at most for each of the device's multiprocessors.
+    """
     size = slice_k(K)
     slices = -(-K // size)
     per_block = -(-slices // max(1, min(splits, slices)))
     split = per_block < slices
+    rows = -(-N // TILE_ROWS) * TILE_ROWS
     return KCut(
         slice_k=size,
         slices=slices,
         slices_per_block=per_block,
-        partials=slices * M * -(-N // TILE_ROWS) * TILE_ROWS if split else 0,
+        partials=slices * M * rows if split else 0,
         arrivals=blocks if split else 0,
+        room=slices * min(M * rows, MOST_SPLIT * sms) if slices > 1 else 0,
     )
 
 
@@ -106,7 +114,7 @@ def plan_decode(
     groups = -(-M // group_tokens)
     row_blocks = -(-N // (TILE_ROWS * warps))
     blocks = groups * row_blocks
-    cut = cut_k(M, N, K, blocks=blocks, splits=-(-4 * sms // blocks))  # four blocks an SM keep it busy
+    cut = cut_k(M, N, K, sms=sms, blocks=blocks, splits=-(-4 * sms // blocks))  # four blocks an SM keep it busy
 
     columns = min(M, group_tokens) * paths
     budget = (20 if tiles < 4 else 36) * 1024  # bytes of factors, so that two to four blocks fit an SM
@@ -222,6 +230,8 @@ def decode(x: Any, w: Any, output: Output, workspace: Workspace, plan: DecodePla
 TILE_N = 128
 TILE_STAGES = 3  # kTileStages
 Kind = Literal["one", "two", "sparse_and_dense", "sparse"]
+# Of a token and 64 k in a stage of shared memory.
+STAGE_BYTES: dict[Kind, int] = {"one": 128, "two": 256, "sparse_and_dense": 192, "sparse": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,12 +250,11 @@ def plan_tile(
 
     copied_weight: 16-bit weights; packed ones are dequantised into two buffers. shared_limit: bytes a block may have.
     """
-    bytes_of_token = {"one": 128, "two": 256, "sparse_and_dense": 192, "sparse": 64}[kind]
     row_blocks = -(-N // TILE_N)
     for warps_m in (2, 1):
         tokens = 64 * warps_m
         blocks = -(-M // tokens) * row_blocks
-        stage = tokens * bytes_of_token + (TILE_N * 128 if copied_weight else 0)
+        stage = tokens * STAGE_BYTES[kind] + (TILE_N * 128 if copied_weight else 0)
         pipeline = TILE_STAGES * stage + (0 if copied_weight else 2 * TILE_N * 128)
         shared = max(pipeline, 4 * tokens * (TILE_N + RESULT_PADDING))
         if warps_m == 1 or (blocks >= sms and shared <= shared_limit):
@@ -264,12 +273,11 @@ class Expanded:
     metadata: Any = None
 
 
-def prefill_kind(arch: str, operand: Any) -> Kind:
+def prefill_kind(operand: Any) -> Kind:
     """What prefill rows of an FP4 operand are expanded to."""
     if not hasattr(operand, "residual"):
         return "one"
-    on_tiles = prefill_family(arch, np.dtype(ml_dtypes.bfloat16)) == "tile"
-    return "sparse_and_dense" if on_tiles and operand.meta is not None else "two"
+    return "two" if operand.meta is None else "sparse_and_dense"
 
 
 def expanded_shapes(kind: Kind, M: int, K: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -368,11 +376,11 @@ class WgmmaPlan:
     shared: int
 
 
-def plan_wgmma(M: int, N: int, *, paths: int = 1, copied_weight: bool, sliced: bool) -> WgmmaPlan:
+def plan_wgmma(M: int, N: int, kind: Kind = "one", *, copied_weight: bool, sliced: bool) -> WgmmaPlan:
     """sliced: whether sums must be cut along K, which only narrow tiles do. The order of sums follows from `rows`, so
     that depends on N and the product, not on M."""
     rows = 128 if sliced or N < 4096 else 256
-    stage = WGMMA_TOKENS * 128 * paths + (rows * 128 if copied_weight else 0)
+    stage = WGMMA_TOKENS * STAGE_BYTES[kind] + (rows * 128 if copied_weight else 0)
     pipeline = WGMMA_STAGES * stage + (0 if copied_weight else 3 * rows * 128)
     shared = max(pipeline, 4 * WGMMA_TOKENS * (rows + RESULT_PADDING))
     return WgmmaPlan(rows, (-(-M // WGMMA_TOKENS), -(-N // rows), 1), shared)
@@ -391,16 +399,17 @@ def wgmma(x: Any, w: Any, output: Output) -> Launch:
 def w4a16_wgmma(x: Any, weight: Fp4Units, output: Output) -> Launch:
     """x [M, K] bfloat16."""
     plan = plan_wgmma(len(x), weight.N, copied_weight=False, sliced=False)
-    args = [x, None, row_stride(x), weight.units, None, weight.g, *_tile_arguments(output, len(x), weight.N, weight.K)]
+    args = [x, None, None, row_stride(x), weight.units, None, weight.g]
+    args += _tile_arguments(output, len(x), weight.N, weight.K)
     name = fp4_name(weight)
     return _wgmma_launch(f"linear_{name}_wgmma.cu", f"linear_wgmma_{name}_one", plan, args)
 
 
 def fp4_wgmma(operand: Expanded, weight: Fp4Units, output: Output) -> Launch:
-    """operand: of kind "one" or "two"."""
+    """operand: of kind "one", "two" or "sparse_and_dense"."""
     M, K, name = len(operand.g), padded(weight.K), fp4_name(weight)
-    plan = plan_wgmma(M, weight.N, paths=2 if operand.kind == "two" else 1, copied_weight=False, sliced=True)
-    args = [operand.first, operand.second, np.int64(K), weight.units, operand.g, weight.g]
+    plan = plan_wgmma(M, weight.N, operand.kind, copied_weight=False, sliced=True)
+    args = [operand.first, operand.second, operand.metadata, np.int64(K), weight.units, operand.g, weight.g]
     args += _tile_arguments(output, M, weight.N, K)
     return _wgmma_launch(f"linear_{name}_wgmma.cu", f"linear_wgmma_{name}_{operand.kind}", plan, args)
 

@@ -72,7 +72,7 @@ def plan(
         splits = -(-2 * sms // blocks)  # bound by memory: as many blocks as SMs hold
     elif splits is None:
         splits = sms // blocks  # bound by compute: another round would cost more than idle SMs
-    cut = cut_k(M, weight.N, weight.K, blocks=blocks, splits=splits)
+    cut = cut_k(M, weight.N, weight.K, sms=sms, blocks=blocks, splits=splits)
     return Plan(shape, token_blocks, row_blocks, cut, shared_bytes(shape, weight, path))
 
 

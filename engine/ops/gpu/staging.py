@@ -128,10 +128,10 @@ class PlannedAttention:
     arrivals: Any
 
 
-def attention_scratch(scratch: Scratch, plan: AttentionPlan, shape: AttentionShape) -> tuple[Any, Any]:
+def take_attention_scratch(scratch: Scratch, partials: int, arrivals: int) -> tuple[Any, Any]:
     """Partials and arrivals, which all layers of all steps share, one after the other."""
-    partials = scratch.take("attention partials", (max(1, plan.partials_size(shape)),), _F32)
-    return partials, scratch.counters("attention arrivals", max(1, plan.arrivals_size(shape)))
+    taken = scratch.take("attention partials", (max(1, partials),), _F32)
+    return taken, scratch.counters("attention arrivals", max(1, arrivals))
 
 
 class StagedBatch:
@@ -153,7 +153,8 @@ class StagedBatch:
             plan = plan_attention(self.host, shape, window)
             items = {"decode_items": plan.decode_items, "prefill_items": plan.prefill_items}
             sent = send_all(self._device, items)
-            partials, arrivals = attention_scratch(self._scratch, plan, shape)
+            sizes = plan.partials_size(shape), plan.arrivals_size(shape)
+            partials, arrivals = take_attention_scratch(self._scratch, *sizes)
             self._planned[key] = PlannedAttention(plan, partials=partials, arrivals=arrivals, **sent)
         return self._planned[key]
 
@@ -195,7 +196,8 @@ class StagedDecode:
         arrays = self._packed.device
         names = ("token_ids", "positions", "slot_mapping", "block_tables")
         self.token_ids, self.positions, self.slot_mapping, self.block_tables = (arrays[name] for name in names)
-        self._partials, self._arrivals = attention_scratch(scratch, self._plan, shape)
+        sizes = self._plan.partials_size(shape), self._plan.arrivals_size(shape)
+        self._partials, self._arrivals = take_attention_scratch(scratch, *sizes)
 
     def fill(self, batch: Batch) -> None:
         """Send another step's batch, of one new token per sequence."""

@@ -3,8 +3,8 @@
 A decode step runs a few hundred kernels of a few microseconds each; launching them one by one from Python takes longer
 than running them. Steps in which every sequence has one new token are therefore recorded, lazily: for 1, 2, 4, 8, 16,
 24 … sequences and for contexts of up to 16, 32, 64 … blocks, so that few recordings serve all (`StagedDecode` says what
-fills the rest of one). Replayed or not, a token's result has the same bits. Steps with longer chunks, or with prefill
-rows, run as they are.
+fills the rest of one). Replayed or not, a token's result has the same bits. Steps with longer chunks run as they are.
+Recordings share their memory, as one step runs at a time.
 
 A step meets the host once, where it gives it the tokens; the flag that kernels raise for NaN comes with them. Rows that
 log-probabilities are wanted of, or that no token can be chosen from, are left to the host's sampler.
@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import Batch, SamplingRow
+from engine.core import Batch, SamplingRow, StepLimits
 from engine.errors import NumericalError
 from engine.ops.gpu import launch_rows, launch_sample
 from engine.ops.gpu.device import Device, Recording
-from engine.ops.gpu.launch_attention import AttentionShape
-from engine.ops.gpu.staging import Layout, PackedArrays, Scratch, StagedDecode
+from engine.ops.gpu.launch_attention import AttentionShape, most_scratch
+from engine.ops.gpu.staging import Layout, PackedArrays, Scratch, StagedDecode, take_attention_scratch
 
 Forward = Callable[[Any, int], Any]  # a staged batch and how many positions it may reach -> hidden states [T, C]
 Head = Callable[[Any], Any]  # hidden states [R, C] -> logits [R, V]
@@ -80,13 +81,13 @@ class _Decode:
 class GpuSteps:
     """`engine.ops.contract.Steps` of one model on one device.
 
-    shape: of its attention layers. spare_block: of the cache, one that no sequence has. max_num_seqs: the most
-    sequences of a step. record: whether decode steps, and choices of tokens, are recorded.
+    shape: of its attention layers. spare_block: of the cache, one that no sequence has. stage: `Ops.stage`. record:
+    whether decode steps, and choices of tokens, are recorded.
     """
 
     def __init__(
         self, device: Device, scratch: Scratch, report: StepReport, shape: AttentionShape, *, block_size: int,
-        spare_block: int, max_num_seqs: int, record: bool,
+        spare_block: int, limits: StepLimits, stage: Callable[[Batch], Any], record: bool,
     ) -> None:  # fmt: skip
         self._device = device
         self._scratch = scratch
@@ -94,21 +95,35 @@ class GpuSteps:
         self._shape = shape
         self._block_size = block_size
         self._spare_block = spare_block
-        self._max_num_seqs = max_num_seqs
+        self._max_num_seqs = limits.sequences
+        self._stage = stage
         self._record = record
         self._decodes: dict[tuple[int, int], _Decode] = {}
         self._choices: dict[tuple[int, int, bool], _Choice] = {}
-        recorded = f"recorded decode steps up to {max_num_seqs}" if record else "decode steps not recorded"
+        recorded = f"recorded decode steps up to {limits.sequences}" if record else "decode steps not recorded"
         self.description = f"{recorded}, sampling on the device"
+        self._reserve_attention(limits)
 
-    def decode(self, batch: Batch, forward: Forward) -> Any:
-        """Hidden states [S, C] of a decode step, valid until the next step; None for any other step."""
+    def _reserve_attention(self, limits: StepLimits) -> None:
+        """What attention takes depends on how a step's tokens are shared out; this is for any way."""
+        sequences = self._rows(min(limits.sequences, limits.tokens))
+        context = self._blocks(limits.context) * self._block_size
+        tokens = max(limits.tokens, sequences)
+        partials, arrivals = most_scratch(self._shape, tokens=tokens, sequences=sequences, context=context)
+        take_attention_scratch(self._scratch, partials, arrivals)
+
+    def hidden(self, batch: Batch, forward: Forward) -> Any:
+        """Hidden states [T, C] of a step, valid until the next one."""
         S = len(batch.context_lens)
-        one_order = batch.num_decode_rows in (None, S)
-        if not self._record or len(batch.token_ids) > S or not one_order:
-            return None
+        if self._record and len(batch.token_ids) == S and batch.num_decode_rows in (None, S):
+            return self._replayed(batch, forward)
+        with self._scratch.one_operand():
+            return forward(self._stage(batch), int(batch.positions.max()) + 1)
+
+    def _replayed(self, batch: Batch, forward: Forward) -> Any:
+        S = len(batch.context_lens)
         assert self._max_num_seqs >= S, f"{S} sequences in a step, more than max_num_seqs {self._max_num_seqs}"
-        step = self._decode(min(bucket(S), self._max_num_seqs), int(batch.context_lens.max()))
+        step = self._decode(self._rows(S), self._blocks(int(batch.context_lens.max())))
         step.staged.fill(batch)
         if step.recording is None:
 
@@ -119,8 +134,14 @@ class GpuSteps:
         step.recording.run()
         return step.hidden[:S]
 
-    def _decode(self, S: int, context: int) -> _Decode:
-        blocks = max(_LEAST_BLOCKS, 1 << (-(-context // self._block_size) - 1).bit_length())
+    def _rows(self, S: int) -> int:
+        return min(bucket(S), self._max_num_seqs)
+
+    def _blocks(self, context: int) -> int:
+        """Of the recording for contexts of so many tokens."""
+        return max(_LEAST_BLOCKS, 1 << (-(-context // self._block_size) - 1).bit_length())
+
+    def _decode(self, S: int, blocks: int) -> _Decode:
         if (S, blocks) not in self._decodes:
             staged = StagedDecode(
                 self._device, self._scratch, self._shape, S, blocks, self._block_size, self._spare_block
@@ -140,7 +161,7 @@ class GpuSteps:
         R, room, draws = bucket(len(rows)), _room(choices), any(row.temperature > 0 for row in choices)
         key = (R, room, draws)
         if key not in self._choices:
-            gathered = self._device.empty((R, hidden.shape[1]), hidden.dtype)
+            gathered = self._scratch.take("gathered", (R, hidden.shape[1]), hidden.dtype)
             self._choices[key] = _Choice(self._device, self._scratch, self._report, gathered, room, draws=draws)
         choice = self._choices[key]
         choice.fill(rows, choices)
@@ -150,7 +171,8 @@ class GpuSteps:
                 choice.recording = self._capture(lambda: choice.launch(head))
             choice.recording.run()
         else:
-            choice.launch(head)
+            with self._scratch.one_operand():
+                choice.launch(head)
         tokens, status = self._report.read(R)[:, : len(rows)].tolist()
         return [None if bad else token for token, bad in zip(tokens, status, strict=True)]
 
@@ -176,7 +198,7 @@ class _Choice:
         self._report = report
         self._adjusts = room > 0
         self._draws = draws
-        self._packed = PackedArrays(device, _layout(len(gathered), room))
+        self._packed = PackedArrays(device, _layout(len(gathered), room), partial(scratch.take, "choice"))
 
     @property
     def rows(self) -> Any:
