@@ -23,7 +23,8 @@
 // Shared memory 71 KB (D = 128; E4M3 69): 3 blocks on an SM with 227 KB, 1 with 99 KB. Instructions issued per tile and
 // scheduler at D = 128: ~480 in those 1,700 clocks; E4M3 ~830 in 860, and at D = 64 ~560 in 430: these two may be bound
 // by instructions on an H200.
-// Limits: D > 128 has one stage (71 KB), and with E4M3 takes 101 KB, which sm_86, 89 and 120 do not have.
+// Limits: D > 128 has one stage (71 KB); with E4M3 there K and V are widened into the same memory, which costs a third
+// barrier a tile and leaves 68 KB instead of the 101 that sm_86, 89 and 120 do not have.
 // Hardware must still prove speed and the last arriver's fence. Reference: ReferenceOps.attention.
 #include "attention_tile.cuh"
 
@@ -116,7 +117,8 @@ template <class T, class KV, int DP>
 struct DecodeSplit {
     static constexpr int kStages = DP <= 128 ? 2 : 1;
     static constexpr int kColumns = DP / 8 / kDecodeWarps;  // of a warp, in eights
-    using Tiles = KvTiles<T, KV, DP, kDecodeWarps, kStages>;
+    static constexpr bool kOneWide = sizeof(KV) == 1 && DP > 128;
+    using Tiles = KvTiles<T, KV, DP, kDecodeWarps, kStages, kOneWide>;
 
     const Tiles& tiles;
     DecodeExchange& exchange;
@@ -138,6 +140,7 @@ struct DecodeSplit {
             tiles.widen_v(tile);
             __syncthreads();  // weights, sums and V are there
             add_own_columns(tile, rescale);
+            if (kOneWide) __syncthreads();  // V has been read, the next K may come
         }
     }
 

@@ -122,13 +122,15 @@ __device__ __forceinline__ uint2 widen_e4m3(u32 codes) {
 // One KV head of one sequence, tile by tile. Warp w of kWarps copies and widens rows [64 w / kWarps, …) of each tile,
 // which lie in one block; every other warp needs a barrier to see them. Tokens outside `tokens` and elements past D are
 // zeros. Tiles in shared memory are [64][DP + 8] of T: 16 bytes more than a power of two keep ldmatrix free of bank
-// conflicts. E4M3 lands in the stages as it lies in memory and is widened into one tile behind them.
-template <class T, class KV, int DP, int kWarps, int kStages>
+// conflicts. E4M3 lands in the stages as it lies in memory and is widened into a tile each of K and V behind them, or
+// (kOneWide, where shared memory is short) into one that both take turns in: K until all have scored, then V.
+template <class T, class KV, int DP, int kWarps, int kStages, bool kOneWide = false>
 struct KvTiles {
     static constexpr bool kNarrow = sizeof(KV) == 1;  // E4M3; T is bf16
     static constexpr int kStride = DP + 8, kTileBytes = kTileTokens * kStride * 2, kRows = kTileTokens / kWarps;
     static constexpr int kStageBytes = kNarrow ? kTileTokens * DP : kTileBytes;  // of K or of V
-    static constexpr int kSharedBytes = 2 * kStages * kStageBytes + (kNarrow ? 2 * kTileBytes : 0);
+    static constexpr int kWideTiles = !kNarrow ? 0 : kOneWide ? 1 : 2;
+    static constexpr int kSharedBytes = 2 * kStages * kStageBytes + kWideTiles * kTileBytes;
 
     const KV *k, *v;   // the head's row of token 0 in block 0
     const int* table;  // the sequence's blocks
@@ -144,7 +146,7 @@ struct KvTiles {
           block_stride(kv_row(kBlockTokens, 0, KVH, D)), D(D), tokens(tokens), memory(memory),
           shared(ptx::shared_address(memory)) {
         if (kNarrow && D < DP)
-            for (int i = threadIdx.x; i < 2 * kTileBytes / 16; i += 32 * kWarps)
+            for (int i = threadIdx.x; i < kWideTiles * kTileBytes / 16; i += 32 * kWarps)
                 reinterpret_cast<uint4*>(memory + 2 * kStages * kStageBytes)[i] = {};
     }
 
@@ -152,7 +154,9 @@ struct KvTiles {
     __device__ __forceinline__ int stage(int tile, int is_v) const {
         return (2 * (tile % kStages) + is_v) * kStageBytes;
     }
-    __device__ __forceinline__ int widened(int is_v) const { return 2 * kStages * kStageBytes + is_v * kTileBytes; }
+    __device__ __forceinline__ int widened(int is_v) const {
+        return 2 * kStages * kStageBytes + (kOneWide ? 0 : is_v * kTileBytes);
+    }
 
     // Where a tile that has been waited for (and widened) lies.
     __device__ __forceinline__ u32 k_tile(int tile) const { return shared + (kNarrow ? widened(0) : stage(tile, 0)); }

@@ -15,12 +15,15 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from engine.cache_directory import cache_directory
 from engine.errors import DeviceError
 from engine.ops.gpu import sources
+from engine.ops.gpu.launch import shared_limit
+from engine.ops.gpu.launch_attention import AttentionShape
 
 try:
     CUDA = sources.cuda_directory()
@@ -105,6 +108,21 @@ def test_compiles_without_spills(source: Path, arch: str) -> None:
         families = [bytes for name, bytes in SPILLING_FAMILIES.items() if re.fullmatch(name, kernel["name"])]
         allowed = SPILLS.get(kernel["name"], max(families, default=0))
         assert spilt <= allowed, f"{kernel['name']} spills {spilt} bytes at {kernel['registers']} registers on {arch}"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("operation", ["decode", "prefill"])
+def test_attention_fits_a_blocks_shared_memory(operation: Literal["decode", "prefill"], arch: str) -> None:
+    """What the launch asks for beside the arrays that ptxas reports."""
+    text = report(CUDA / f"attention_{operation}.cu", arch)
+    for D in (64, 96, 128, 256):
+        for dtype, kv_e4m3 in (("bf16", False), ("f16", False), ("bf16", True)):
+            shape = AttentionShape(1, 1, D, dtype, kv_e4m3)  # type: ignore[arg-type]
+            used = re.search(rf"function '{shape.kernel(operation)}'.*?Used \d+ registers([^\n]*)", text, re.DOTALL)
+            assert used, shape.kernel(operation)
+            static = re.search(r"(\d+) bytes smem", used[1])
+            total = shape.shared_bytes(operation) + (int(static[1]) if static else 0)
+            assert total <= shared_limit(arch), f"{shape.kernel(operation)}: {total} bytes on {arch}"
 
 
 def test_what_is_allowed_to_spill_exists() -> None:
