@@ -9,8 +9,8 @@
 // 1.
 //
 // In shared memory a row of 64 k is 128 bytes whose 16-byte pieces are XORed with row % 8, so that ldmatrix meets no
-// bank conflicts (stores of dequantised weights meet them two by two); rows of sparse activations are 64 bytes, two to
-// a line.
+// bank conflicts; rows of sparse activations are 64 bytes, pieces XORed with row / 2 % 4. These are the 128- and 64-byte
+// swizzles of wgmma's descriptors as well.
 //
 // Sparse: 2:4 needs one candidate of each of a chunk's four pairs in a group of four k, so k is (0, 2, 4, 6, 1, 3, 5,
 // 7) within eight, in both operands and the other path (nvfp4, mxfp4); HiF4's mask is 2:4 as it is. The metadata word
@@ -41,8 +41,7 @@ __device__ __forceinline__ u32 tile_place(int row, int sixteen) {
     return row * kTileRowBytes + 16 * (sixteen ^ (row & 7));
 }
 __device__ __forceinline__ u32 half_tile_place(int row, int sixteen) {
-    const int line = row >> 1;
-    return line * kTileRowBytes + 16 * (((row & 1) * 4 + sixteen) ^ (line & 7));
+    return row * (kTileRowBytes / 2) + 16 * (sixteen ^ (row >> 1 & 3));
 }
 
 // Rows first … of a 16-bit matrix [rows, K] to a tile, pieces from column k on; what is beyond rows or K becomes zeros.

@@ -38,17 +38,21 @@ __device__ __forceinline__ void warpgroup_product(float (&c)[128], uint64_t a, u
     ptx::wgmma_m64n256k16_bf16(c, a, b, add);
 }
 
-// Rows of 128 bytes from `start` on, as copy_tile leaves them.
+// Rows of 128 bytes from `start` on, as copy_tile leaves them; rows of 64 bytes.
 __device__ __forceinline__ uint64_t tile_descriptor(u32 start) {
     return ptx::matrix_descriptor(start, 0, 8 * kTileRowBytes, ptx::Swizzle::bytes_128);
 }
+__device__ __forceinline__ uint64_t half_tile_descriptor(u32 start) {
+    return ptx::matrix_descriptor(start, 0, 4 * kTileRowBytes, ptx::Swizzle::bytes_64);
+}
 
-// WeightTile: as in tile_linear, of kN rows; kTwo: two dense paths.
-template <bool kTwo, int kN, class WeightTile>
+// WeightTile: as in tile_linear, of kN rows; paths: one, two, or sparse_and_dense.
+template <Paths paths, int kN, class WeightTile>
 __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const TileInput& input, const Epilogue& epilogue,
                                              int slice_k) {
-    constexpr bool kSlices = kN == 128;
-    constexpr int kPathBytes = kWgmmaTokens * kTileRowBytes, kInputBytes = kPathBytes * (kTwo ? 2 : 1);
+    constexpr bool kSlices = kN == 128, kSparse = paths == Paths::sparse_and_dense, kTwo = paths != Paths::one;
+    constexpr int kPathBytes = kWgmmaTokens * kTileRowBytes, kFirstBytes = kSparse ? kPathBytes / 2 : kPathBytes;
+    constexpr int kInputBytes = kFirstBytes + (kTwo ? kPathBytes : 0);
     constexpr int kWeightBytes = kN * kTileRowBytes;
     constexpr int kStageBytes = kInputBytes + (WeightTile::kCopied ? kWeightBytes : 0);
     extern __shared__ __align__(1024) u8 shared[];
@@ -63,9 +67,12 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
         if (step < steps) {
             const u32 to = shared_address + step % kWgmmaStages * kStageBytes;
             const int k = step * kTileK;
-            copy_tile<false>(to, input.first, input.stride, first_token, input.M, k, input.K, kWgmmaTokens);
+            if (kSparse)
+                copy_tile<true>(to, input.first, input.stride / 2, first_token, input.M, k / 2, input.K / 2,
+                                kWgmmaTokens);
+            else copy_tile<false>(to, input.first, input.stride, first_token, input.M, k, input.K, kWgmmaTokens);
             if (kTwo)
-                copy_tile<false>(to + kPathBytes, input.second, input.stride, first_token, input.M, k, input.K,
+                copy_tile<false>(to + kFirstBytes, input.second, input.stride, first_token, input.M, k, input.K,
                                  kWgmmaTokens);
             weight.copy(to + kInputBytes, first_n, k);
         }
@@ -76,26 +83,41 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
     typename WeightTile::Dequantiser dequantiser(weight, first_n);
     if (!WeightTile::kCopied) dequantiser.fill(dequantised, 0);
 
+    // This lane's metadata of a step and its warp's 16 tokens; those there are not repeat the last, their rows are zeros.
+    const int metadata_tile = min(first_token / 16 + warp_of_block(), ceil_div(input.M, 16) - 1);
+    const auto metadata_of = [&](int step) {
+        return __ldg(input.metadata + (static_cast<i64>(metadata_tile) * steps + min(step, steps - 1)) * 32 + lane);
+    };
+
     float sums[kN / 2], totals[kSlices ? kN / 2 : 1];
 #pragma unroll
     for (int e = 0; e < kN / 2; ++e) sums[e] = 0.0f;
 #pragma unroll
     for (int e = 0; e < (kSlices ? kN / 2 : 1); ++e) totals[e] = 0.0f;
 
-    for (int step = 0; step < steps; ++step) {
+    // `next`: step + 1's metadata, in the register that step − 1 used, whose products have been waited for.
+    const auto advance = [&](int step, u32 metadata, u32& next) {
         ptx::cp_async_wait<kWgmmaStages - 3>();
         ptx::fence_async_proxy();
         __syncthreads();
         const u32 stage = shared_address + step % kWgmmaStages * kStageBytes;
         const u32 weights = WeightTile::kCopied ? stage + kInputBytes : dequantised_address + step % 3 * kWeightBytes;
+        const bool starts_slice = kSlices && step % slice_steps == 0;
         ptx::wgmma_fence();
+        if constexpr (kSparse) {
+            const u32 x = stage + group * (kFirstBytes / 2);
+            ptx::wgmma_sp_m64n128k32_bf16<0>(sums, half_tile_descriptor(x), tile_descriptor(weights), metadata,
+                                             !starts_slice);
+            ptx::wgmma_sp_m64n128k32_bf16<1>(sums, half_tile_descriptor(x + 32), tile_descriptor(weights + 64), metadata,
+                                             true);
+        }
 #pragma unroll
-        for (int path = 0; path < (kTwo ? 2 : 1); ++path)
+        for (int path = kSparse ? 1 : 0; path < (kTwo ? 2 : 1); ++path)
 #pragma unroll
             for (int k = 0; k < kTileK / 16; ++k) {
-                const u32 x = stage + path * kPathBytes + group * (kPathBytes / 2);
-                const bool starts_slice = kSlices && step % slice_steps == 0 && path + k == 0;
-                warpgroup_product(sums, tile_descriptor(x + 32 * k), tile_descriptor(weights + 32 * k), !starts_slice);
+                const u32 x = stage + path * kFirstBytes + group * (kPathBytes / 2);
+                warpgroup_product(sums, tile_descriptor(x + 32 * k), tile_descriptor(weights + 32 * k),
+                                  path + k > 0 || !starts_slice);
             }
         ptx::wgmma_commit();
         copy(step + kWgmmaStages - 2);
@@ -109,6 +131,12 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
         } else {
             ptx::wgmma_wait<1>();
         }
+        if (kSparse) next = metadata_of(step + 1);
+    };
+    u32 even = kSparse ? metadata_of(0) : 0, odd = 0;
+    for (int step = 0; step < steps; step += kSparse ? 2 : 1) {
+        advance(step, even, odd);
+        if (kSparse) advance(step + 1, odd, even);
     }
     ptx::wgmma_wait<0>();
     ptx::cp_async_wait_all();

@@ -376,9 +376,9 @@ def expanded(operand, weight, kind, dev):
     return made
 
 
-def wgmma(x, weight, *, checked=False):
+def wgmma(x, weight, *, checked=False, schedule=SCHEDULES[0]):
     """x rows or an FP4 operand; weight [N, K] bf16 or FP4."""
-    dev = device("sm_90a", checked)
+    dev = device("sm_90a", checked, schedule)
     N = len(weight) if isinstance(weight, np.ndarray) else weight.rows
     out = dev.empty((len(x) if isinstance(x, np.ndarray) else len(x.g), N), F32)
     if isinstance(weight, np.ndarray):
@@ -388,7 +388,7 @@ def wgmma(x, weight, *, checked=False):
         if isinstance(x, np.ndarray):
             launch = launch_linear.w4a16_wgmma(dev.upload(x), units, Output(out))
         else:
-            kind = "one" if isinstance(x, Fp4Matrix) else "two"
+            kind = "one" if isinstance(x, Fp4Matrix) else "sparse_and_dense" if x.sparse else "two"
             launch = launch_linear.fp4_wgmma(expanded(x, units, kind, dev), units, Output(out))
     dev.launch(launch)
     return out
@@ -494,23 +494,38 @@ def test_bf16_wgmma(checked):
 
 @each_format
 def test_fp4_wgmma(format, block):
-    """W4A16 with wide and narrow tiles, FP4 activations in one path, and SharQ's two."""
+    """W4A16 with wide and narrow tiles, FP4 activations in one path, in two dense ones, and SharQ's with its backbone
+    sparse."""
     rng = np.random.default_rng(18)
     for M, N, K in ((130, 150, 704), (3, 4104, 64)):
         matrix = fp4_matrix(rng, N, K, format, block)
-        x = rng.standard_normal((M, K)).astype(BF16)
+        x = (rng.standard_normal((M, K)) * np.exp(rng.standard_normal((M, K)))).astype(BF16)
         assert_close(wgmma(x, matrix), x.astype(np.float64) @ dequantized(matrix).T, 2e-6)
-        for operand in (REFERENCE.prepare_fp4(x, format=format), REFERENCE.prepare_sharq(x, format=format)):
+        sharq = (REFERENCE.prepare_sharq(x, format=format, sparse=sparse) for sparse in (True, False))
+        for operand in (REFERENCE.prepare_fp4(x, format=format), *sharq):
             assert_close(wgmma(operand, matrix), exact(operand, matrix), 2e-6)
 
 
-def test_a_token_has_the_same_bits_in_every_wgmma():
+@each_format
+def test_checked_sharq_wgmma(format, block):
+    """Two blocks of tokens and of rows, tails in M, N and K: nothing raced for, nothing overwritten in use."""
+    rng = np.random.default_rng(23)
+    matrix = fp4_matrix(rng, 140, 448, format, block)
+    operand = REFERENCE.prepare_sharq(rng.standard_normal((131, 448)).astype(BF16), format=format)
+    y = wgmma(operand, matrix, checked=True, schedule=SCHEDULES[1])
+    assert (y == wgmma(operand, matrix)).all()
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_a_token_has_the_same_bits_in_every_wgmma(sparse):
     rng = np.random.default_rng(19)
     matrix = fp4_matrix(rng, 40, 320, "nvfp4", 32)
-    operand = REFERENCE.prepare_sharq(rng.standard_normal((140, 320)).astype(BF16))
+    operand = REFERENCE.prepare_sharq(rng.standard_normal((140, 320)).astype(BF16), sparse=sparse)
     together = wgmma(operand, matrix)
     for rows in (slice(0, 1), slice(139, 140), slice(60, 133)):
         assert (wgmma(take(operand, rows), matrix) == together[rows]).all()
+    for schedule in SCHEDULES[1:]:
+        assert (wgmma(operand, matrix, schedule=schedule) == together).all()
 
 
 def many_fp8(x, matrix, *, arch="sm_90", checked=False):

@@ -1,4 +1,4 @@
-"""What the emulator's checker says of warpgroup products: planted bugs, and random programs against a second formulation.
+"""The emulator's checker on warpgroup products: planted bugs, and random programs against a second formulation.
 
 wgmma reads shared memory and writes registers until wgmma.wait_group says that it is done. The emulator runs it at
 once, so only the checker can see a program that does not wait.

@@ -43,7 +43,7 @@ class PrefillProducts:
         return [launch_linear.w4a16_tile(x, weight, output, self._plan_tile(output))]
 
     def fp4_linear(self, operand: Any, weight: Fp4Units, output: Output) -> list[Launch]:
-        kind = launch_linear.prefill_kind(self._arch, operand)
+        kind = launch_linear.prefill_kind(operand)
         shapes = launch_linear.expanded_shapes(kind, len(operand.g), operand.K)
         arrays = {name: self._scratch.take(f"expanded {name}", *shape) for name, shape in shapes.items()}
         expanded = Expanded(kind, operand.g, **arrays)
