@@ -82,6 +82,15 @@ def test_logits_are_bitwise_the_same(model: Path, rows: Rows) -> None:
     assert _run(model, prompts[::-1], together=True)[::-1] == alone, "batched in another order, cached"
 
 
+def test_logits_are_bitwise_the_same_over_a_cache_in_fp8(tmp_path: Path, rows: Rows) -> None:
+    path, prompts, options = write_model("qwen3_tied", tmp_path), _prompts(), {"kv_cache_dtype": "fp8"}
+    alone = _run(path, prompts, together=False, enable_prefix_caching=False, threads=1, **options)
+    for chunk in (512, 33, 1):
+        got = _run(path, prompts, together=True, max_num_batched_tokens=chunk, **options)
+        assert got == alone, f"chunks of {chunk}"
+    assert _run(path, prompts[::-1], together=True, **options)[::-1] == alone, "batched in another order, cached"
+
+
 def test_preempted_sequences_go_on_as_before(model: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = _prompts()
     alone = _run(model, prompts, together=False, enable_prefix_caching=False)
@@ -139,11 +148,12 @@ def test_batch_mates_never_matter_on_a_gpu(tmp_path: Path, rows: Rows, emulator:
     assert _run(path, prompts[::-1], together=True, **options)[::-1] == alone
 
 
-@pytest.mark.parametrize("quant", ["bf16", "sharq"])
-def test_deterministic_on_a_gpu(tmp_path: Path, rows: Rows, emulator: str, quant: str) -> None:
+@pytest.mark.parametrize("quant, kv", [("bf16", "auto"), ("sharq", "auto"), ("bf16", "fp8")])
+def test_deterministic_on_a_gpu(tmp_path: Path, rows: Rows, emulator: str, quant: str, kv: str) -> None:
     """Alone, batched, in chunks of any size (a chunk of 1 is a decode step), and from the prefix cache."""
     path, prompts = write_model("qwen3_tied", tmp_path), [prompt[:45] for prompt in _prompts()[1:4]]
     options = {"device": emulator, "answer": 4, "quant": quant, "dtype": "bfloat16", "deterministic": True}
+    options["kv_cache_dtype"] = kv
     alone = _run(path, prompts, together=False, enable_prefix_caching=False, **options)
     for chunk in (512, 11, 1):
         assert _run(path, prompts, together=True, max_num_batched_tokens=chunk, **options) == alone, (

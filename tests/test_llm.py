@@ -819,6 +819,7 @@ def test_prefix_caching_can_be_turned_off(directory: Path) -> None:
         *(("kv_cache_bytes", value) for value in (0, -1, 1e9)),
         *(("device", value) for value in ("gpu", None, 0, ["cpu"])),
         *(("dtype", value) for value in ("fp16", "int8", None, np.float32)),
+        *(("kv_cache_dtype", value) for value in ("bfloat16", "fp8_e5m2", "", None, 8)),
         *(("model", value) for value in (None, 5, b"demo", ["demo"])),
     ],
 )

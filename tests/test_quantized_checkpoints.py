@@ -284,6 +284,28 @@ def test_cache_scales_are_accepted_where_only_the_second_file_speaks_of_them(tmp
     assert checkpoint.names() == (f"{MLP}.weight",)
 
 
+@pytest.mark.parametrize(
+    "described, kind",
+    [
+        ({"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}, "FP8"),
+        ({"num_bits": 8, "type": "float", "dynamic": False}, "FP8"),  # ModelOpt's
+        ({"num_bits": 8, "type": "int", "strategy": "tensor"}, "other"),
+        ({"num_bits": 4, "type": "float"}, "other"),
+        ({"num_bits": 8, "type": "float", "strategy": "attn_head"}, "other"),
+        ({"num_bits": 8, "type": "float", "dynamic": True}, "other"),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("config", [MODELOPT, COMPRESSED], ids=["modelopt", "compressed-tensors"])
+def test_what_cache_scales_are_for(tmp_path, config, described, kind):
+    """Those of E4M3, one a tensor, serve a cache in FP8; others are accounted for and mean nothing to it."""
+    g = GOOD.modelopt(MLP, 1.0) if config is MODELOPT else GOOD.compressed_tensors(MLP, 1.0)
+    tensors = g | ({} if kind is None else {f"{ATTENTION}.k_scale": f32(0.5)})
+    checkpoint = opened(tmp_path, tensors, {**config, "kv_cache_scheme": described})
+    assert checkpoint.scheme is not None and checkpoint.scheme.kv_cache == kind
+    assert checkpoint.kv_scales() == ({f"{ATTENTION}.k_scale": 0.5} if kind == "FP8" else {})
+
+
 def one_byte(array: Any, byte: int) -> Any:
     changed = array.copy()
     changed[3, 2] = byte

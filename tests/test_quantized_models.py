@@ -196,6 +196,30 @@ def test_a_published_checkpoint_runs_as_its_values(tmp_path: Path, convention: s
         assert least < relative(logits(published, quant=quant), wanted) < most
 
 
+def test_scales_of_a_cache_in_fp8(tmp_path: Path) -> None:
+    """What a checkpoint divides K and V by: nothing at 1, little where nothing overflows, all where everything does."""
+
+    def scored(scale: float | None, **options: Any) -> tuple[F32, str]:
+        directory = tmp_path / str(scale)
+        published, _ = _published(directory, "modelopt")
+        tensors = _raw(published / "model.safetensors")
+        for layer in range(2) if scale is not None else ():
+            attention = f"model.layers.{layer}.self_attn"
+            tensors |= {f"{attention}.{x}_proj.{x}_scale": f32(scale) for x in "kv"}
+        _replace(published, tensors, {**_QUANTIZATION["modelopt"], "kv_cache_scheme": {"num_bits": 8, "type": "float"}})
+        with LLM(published, quant="w4a16", **options) as llm:  # activations as they are: no code flips but the cache's
+            return llm.logits(PROMPT), llm.describe()
+
+    plain, described = scored(None, kv_cache_dtype="fp8")
+    assert "FP8 (E4M3)" in described and "scaled" not in described
+    ones, described = scored(1.0, kv_cache_dtype="fp8")
+    assert np.array_equal(ones, plain) and "K and V scaled as the checkpoint says" in described
+    assert 0 < relative(scored(0.0625, kv_cache_dtype="fp8")[0], plain) < 0.1
+    assert relative(scored(1e-5, kv_cache_dtype="fp8")[0], plain) > 0.3
+    unscaled, described = scored(1e-5)
+    assert relative(unscaled, plain) < 0.1 and "scaled" not in described
+
+
 def test_sharq_on_weights_in_groups_of_16(tmp_path: Path) -> None:
     """Better than NVFP4 activations on the same weights, and a token's logits do not depend on how a prompt is cut."""
     published, twin = _published(tmp_path, "modelopt")
