@@ -196,6 +196,7 @@ def perplexity_main(options: argparse.Namespace) -> None:
             "standard_error": float(losses.std(ddof=1) / math.sqrt(len(losses))),
             "perplexity": math.exp(losses.mean()),
             "dtype": options.dtype,
+            "kv_cache_dtype": options.kv_cache_dtype,
             "kernel_path": llm.kernel_path,
         }
     if options.json:
@@ -225,7 +226,8 @@ def compare_main(options: argparse.Namespace) -> None:
     table = [_row(row, rows) for row in rows]
     if options.json:
         about = {"model": options.model, "text": name, "window": window, "stride": stride, "tokens": tokens}
-        print(json.dumps({**about, "dtype": options.dtype, "rows": table, "machine": describe_machine()}, indent=1))
+        about |= {"dtype": options.dtype, "kv_cache_dtype": options.kv_cache_dtype}  # of all alike
+        print(json.dumps({**about, "rows": table, "machine": describe_machine()}, indent=1))
     else:
         print(_markdown(table))
     if pyplot is not None:
@@ -302,6 +304,8 @@ def _label(method: str, grade: str | None) -> str:
 
 def layers_main(options: argparse.Namespace) -> None:
     """Print errors by kind and by depth for every method and grade; all layers' errors as JSON."""
+    if options.kv_cache_dtype != "auto":
+        raise InvalidArgument("layers measures linear layers on their real inputs; leave --kv-cache-dtype at auto")
     text, name = _text_of(options)
     path = Path(locate(options.model, revision=options.revision).path)
     config_json = read_json(path / "config.json", ConfigError)

@@ -32,6 +32,7 @@ from engine.fp8_types import Fp8Matrix
 from engine.models.linears import linear_modules
 from engine.models.registry import read_config
 from engine.ops.backends import select_backend
+from engine.ops.fp8 import E4M3
 from engine.ops.reference import ReferenceOps
 from engine.quant.registry import METHODS, LayerMethods, bits_per_weight, resolve
 from engine.workspace import Workspace
@@ -314,14 +315,31 @@ def test_model_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert [row["gb_per_s"] is None for row in report["rows"]] == [True, False] * 2  # prompts are bound by arithmetic
     table = run(capsys, *arguments)
     assert "| pp8 @ d20 |" in table and "peak memory" in table
+    narrow = json.loads(run(capsys, *arguments, "--kv-cache-dtype", "fp8", "-o", "json"))
+    assert 2 * narrow["cache_bytes"] == report["cache_bytes"]
+    assert (report["kv_cache_dtype"], narrow["kv_cache_dtype"]) == ("bfloat16", "float8_e4m3fn")
 
 
 def test_bytes_that_a_token_reads() -> None:
-    """Two layers, two KV heads of 16 in bf16: 256 bytes a token. The first of 3 after 20 reads 21, the last 23."""
+    """Two layers, two KV heads of 16 in bf16: 256 bytes a token. The first of 3 after 20 reads 21, the last 23.
+
+    In E4M3 half of them.
+    """
     config = read_config(tiny_models.CASES["qwen2_yarn"].config, "qwen2_yarn")
     decoder = SimpleNamespace(config=config, weight_bytes=1_000_000)
-    loaded = model.Model(decoder, QuantConfig(), synthetic.BF16, 0, 0.0)  # type: ignore[arg-type]
-    assert model.bytes_per_token(model.Test("tg", 3, 20), loaded) == 1_000_000 + 256 * 22
+    for kv_dtype, size in ((synthetic.BF16, 256), (E4M3, 128)):
+        loaded = model.Model(decoder, QuantConfig(), synthetic.BF16, kv_dtype, 0, 0.0)  # type: ignore[arg-type]
+        assert model.bytes_per_token(model.Test("tg", 3, 20), loaded) == 1_000_000 + size * 22
+
+
+@pytest.mark.parametrize("name, itemsize", [("auto", 2), ("fp8", 1)])
+def test_attention_reports(name: str, itemsize: int, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--context", "40", "--batch", "2", "--prefill", "17", "--seconds", "0.01", "--threads", "1"]
+    arguments = ["attention", "--model", "qwen2.5-0.5b", *sizes, "--kv-cache-dtype", name]
+    report = json.loads(run(capsys, *arguments, "-o", "json"))
+    assert [row["test"] for row in report["rows"]] == ["decode S = 2, 40", "prefill 17"]
+    assert [row["bytes"] for row in report["rows"]] == [n * 2 * 2 * 64 * itemsize for n in (80, 17)]
+    assert all(row["microseconds"] > 0 for row in report["rows"])
 
 
 @pytest.mark.parametrize(
