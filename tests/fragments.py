@@ -96,6 +96,25 @@ def metadata_16(nibbles: NDArray[np.unsignedinteger], selector: int, others: int
     return words
 
 
+def metadata_64x32(nibbles: NDArray[np.unsignedinteger], selector: int, others: int) -> Words:
+    """Nibbles [cases, 64, 8] of wgmma m64nNk32 with 16-bit elements -> [cases, 128]; lanes not selected get `others`.
+
+    CUTLASS's ELayout_64x32: element v = a + 16 b of thread t = i + 2 j + 4 g + 32 w (j chooses no element, so it is the
+    selector) is number 1024 i + g + 16 w + 64 a + 8 b of the matrix [64, 32] counted down its columns.
+    """
+    words = np.full((len(nibbles), 128), others, np.uint32)
+    for thread in range(128):
+        if thread // 2 % 2 != selector:
+            continue
+        word = np.zeros(len(nibbles), np.uint32)
+        for value in range(0, 32, 4):  # a nibble says where two of four elements are
+            number = 1024 * (thread % 2) + thread // 4 % 8 + 16 * (thread // 32) + 64 * (value % 16) + 8 * (value // 16)
+            row, column = number % 64, number // 64
+            word |= nibbles[:, row, column // 4].astype(np.uint32) << np.uint32(value)
+        words[:, thread] = word
+    return words
+
+
 def _word(nibbles: NDArray[np.unsignedinteger]) -> Words:
     """[cases, 8] -> [cases], the first lowest."""
     return sum((nibbles[:, i].astype(np.uint32) << np.uint32(4 * i) for i in range(8)), np.zeros(1, np.uint32))

@@ -75,4 +75,6 @@ def test_hopper_products_are_wgmma():
         "one_n256": {"HGMMA.64x256x16.F32.BF16": 4},
         "one_n128": {"HGMMA.64x128x16.F32.BF16": 4},
         "two_n128": {"HGMMA.64x128x16.F32.BF16": 8},
+        # two steps in a turn of the loop, each with two sparse products of 32 k
+        "sparse_and_dense_n128": {"HGMMA.SP.64x128x32.F32.BF16": 4, "HGMMA.64x128x16.F32.BF16": 8},
     }

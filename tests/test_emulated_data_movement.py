@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from fragments import A_16, LEGAL_NIBBLES, accumulator, metadata_16, metadata_halves
+from fragments import A_16, LEGAL_NIBBLES, accumulator, metadata_16, metadata_64x32, metadata_halves, picked_k
 from numpy.typing import NDArray
 from ptx_probes import PROBES, ROOT, probe
 
@@ -310,6 +310,49 @@ def test_wgmma(kernel: str, n: int, adds: bool, a_mn: bool | None, b_mn: bool, u
         probe("sm_90a").launch(kernel, ONE, (128, 1, 1), len(image), arguments)
         product = a[:, ks].astype(np.float32) @ b[:, ks].astype(np.float32).T
         np.testing.assert_array_equal(layout.gather(registers).reshape(64, n), product + (c if adds else 0))
+
+
+@pytest.mark.parametrize("units", [1, 4, 8])
+@pytest.mark.parametrize("selector", [0, 1])
+def test_sparse_wgmma(selector: int, units: int) -> None:
+    """Both halves of a sparse k = 64: each metadata nibble alone, then random ones; other lanes hold illegal words."""
+    rng = np.random.default_rng(10 * units + selector)
+    nibbles = np.full((64 * 8, 64, 8), 0b0100, np.uint8)
+    nibbles.reshape(512, 512)[np.arange(512), np.arange(512)] = 0b1110
+    nibbles = np.concatenate([nibbles, rng.choice(LEGAL_NIBBLES, (8, 64, 8))])[:: 1 if units == 8 else 37]
+    stored, b = rng.integers(-8, 9, (64, 32)).astype(BF16), rng.integers(-8, 9, (128, 64)).astype(BF16)
+    c = rng.integers(-99, 100, (len(nibbles), 64, 128)).astype(np.float32)
+    in_a, in_b, layout = SharedMatrix(stored, False, min(units, 4)), SharedMatrix(b, False, units), accumulator(128)
+    image = np.concatenate([in_a.bytes, in_b.bytes])
+    for half in (0, 1):
+        words = layout.scatter(c.reshape(-1, 16, 128).view(np.uint32))
+        registers = words.view(np.float32).copy()
+        descriptors = [np.uint64(in_a.descriptor(0, half)), np.uint64(in_b.descriptor(4096, 2 * half))]
+        arguments = [
+            image,
+            np.int32(len(image)),
+            *descriptors,
+            metadata_64x32(nibbles, selector, 0xFFFFFFFF),
+            registers,
+        ]
+        grid = (len(nibbles), 1, 1)
+        probe("sm_90a").launch(f"wgmma_sp_128_{selector}", grid, (128, 1, 1), len(image), arguments)
+        a = np.zeros((len(nibbles), 64, 32), np.float32)
+        kept = np.broadcast_to(stored[:, 16 * half : 16 * half + 16].astype(np.float32), (len(nibbles), 64, 16))
+        np.put_along_axis(a, picked_k(nibbles, 1), kept, axis=2)
+        product = a @ b[:, 32 * half : 32 * half + 32].astype(np.float32).T
+        np.testing.assert_array_equal(layout.gather(registers).reshape(c.shape), product + c)
+
+
+def test_sparse_wgmma_without_legal_metadata_or_layout() -> None:
+    a, b = np.zeros((64, 32), BF16), np.zeros((128, 32), BF16)
+    for units, word, message in ((8, 0x44444404, "metadata nibble"), (2, 0x44444444, "32 bytes of swizzle")):
+        in_a, in_b = SharedMatrix(a, False, 4), SharedMatrix(b, False, min(units, 4))
+        image = np.concatenate([in_a.bytes, in_b.bytes])
+        arguments = [image, np.int32(len(image)), np.uint64(in_a.descriptor(0, 0)), np.uint64(in_b.descriptor(4096, 0))]
+        arguments += [np.full((1, 128), word, np.uint32), np.zeros((1, 128, 64), np.float32)]
+        with pytest.raises(KernelFault, match=message):
+            probe("sm_90a").launch("wgmma_sp_128_0", ONE, (128, 1, 1), len(image), arguments)
 
 
 def test_registers_move_between_warpgroups() -> None:

@@ -446,8 +446,10 @@ void wgmma_sparse(const Warp& warp) {
     Picked picked;
     require_legal(warp, pick_16(metadata.single(), selector_of(warp, first + 3, 1), picked));
     uint16_t a[16][16], b[N][32];
+    const MatrixDescriptor of_b = descriptor_of(warp, first + 1);
+    if (of_b.swizzle_units == 2) frame.fail("32 k of B are not emulated with 32 bytes of swizzle");
     read_matrix(descriptor_of(warp, first), frame.get(scale_d + 3) != 0, first_row(), 16, read_unit, a);
-    read_matrix(descriptor_of(warp, first + 1), frame.get(scale_d + 4) != 0, 0, N, read_unit, b);
+    read_matrix(of_b, frame.get(scale_d + 4) != 0, 0, N, read_unit, b);
     multiply<element>(warp, a, b, &picked, scale_d);
 }
 

@@ -320,6 +320,15 @@ extern "C" __global__ void bulk_pipeline(const int* from, int rounds, int flaw, 
             ptx::wgmma_m64n##N##k16_bf16<transpose_b>(rc, ra, db, true);                                         \
         });                                                                                                      \
     }
+#define WARPGROUP_SPARSE(name, selector)                                                                         \
+    extern "C" __global__ void name(const unsigned char* image, int bytes, uint64_t a, uint64_t b,               \
+                                    const uint32_t* e, float* c) {                                               \
+        uint32_t re[1];                                                                                          \
+        fetch(re, e);                                                                                            \
+        warpgroup<128>(image, bytes, a, b, c, [&](float(&rc)[64], uint64_t da, uint64_t db) {                    \
+            ptx::wgmma_sp_m64n128k32_bf16<selector>(rc, da, db, re[0], true);                                    \
+        });                                                                                                      \
+    }
 #if PTX_SM90A
 WARPGROUP(wgmma_64_kk, 64, true, 0, 0)
 WARPGROUP(wgmma_64_km, 64, true, 0, 1)
@@ -331,6 +340,8 @@ WARPGROUP(wgmma_256_km, 256, true, 0, 1)
 WARPGROUP_REGISTERS(wgmma_64_registers, 64, 1)
 WARPGROUP_REGISTERS(wgmma_128_registers, 128, 0)
 WARPGROUP_REGISTERS(wgmma_256_registers, 256, 0)
+WARPGROUP_SPARSE(wgmma_sp_128_0, 0)
+WARPGROUP_SPARSE(wgmma_sp_128_1, 1)
 
 extern "C" __global__ void registers_between_warpgroups(int* out) {
     if (threadIdx.x < 128) {
