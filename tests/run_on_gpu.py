@@ -191,6 +191,8 @@ def benchmarks(options: argparse.Namespace, work: Path) -> Iterator[Stage]:
     prefill = ("--m", "256", "1024", "4096", "--methods", "bf16", "w4a16", "nvfp4", "sharq", "--seconds", "0.1")
     yield bench(f"gemm-prefill-{first}", 45, "gemm", "--model", first, "--layers", "qkv", "gate_up", "down", *prefill)
     yield bench("attention", 30, "attention", "--seconds", "0.1")
+    few = ("--context", "4096", "32768", "--prefill", "2048", "--kv-cache-dtype", "fp8")
+    yield bench("attention-fp8", 20, "attention", "--seconds", "0.1", *few)
     for model in others:
         yield bench(f"gemm-{model}", 40, "gemm", "--model", model, "--layers", "gate_up", "down", *decode)
 

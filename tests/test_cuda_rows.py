@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import ml_dtypes
 import numpy as np
 import pytest
 from bit_patterns import BF16, DTYPES, F16, F32, all_patterns, assert_same_bits, rows_of_many_sizes
@@ -150,8 +151,8 @@ def test_silu_mul_tails(dtype, F, checked):
 # ---- rope_and_cache --------------------------------------------------------------------------------------------------
 
 
-def rope_and_cache(qkv, table, batch, norms, k, v, out, checked=False, threads=128):
-    """k, v [blocks, KVH, 16, D]."""
+def rope_and_cache(qkv, table, batch, norms, k, v, out, checked=False, threads=128, e4m3=None):
+    """k, v [blocks, KVH, 16, D]; e4m3: scales of K and V, and the flag."""
     _, KVH, _, D = k.shape
     H = out.shape[1] // D
     group = 1 << (D // 8 - 1).bit_length()
@@ -160,8 +161,8 @@ def rope_and_cache(qkv, table, batch, norms, k, v, out, checked=False, threads=1
         out, stride(out), k, v, np.int32(H), np.int32(KVH), np.int32(D),
     ]  # fmt: skip
     grid = (len(qkv), -(-(H + 2 * KVH) * group // threads), 1)
-    name = f"rope_and_cache_{NAMES[qkv.dtype]}"
-    module("rope_and_cache.cu", checked).launch(name, grid, (threads, 1, 1), 0, args)
+    name = f"rope_and_cache_{NAMES[qkv.dtype]}{'_e4m3' if e4m3 else ''}"
+    module("rope_and_cache.cu", checked).launch(name, grid, (threads, 1, 1), 0, [*args, *(e4m3 or ())])
 
 
 def assert_rope_equals_reference(dtype, D, with_norm, checked, H=6, KVH=2):
@@ -215,3 +216,32 @@ def test_rope_and_cache_of_rows_that_lie_apart():
     assert_same_bits(q.copy(), expected)
     assert_same_bits(k, np.ascontiguousarray(reference.k[0].transpose(0, 2, 1, 3)))
     assert not frame[:, :3].any() and not frame[:, 51:].any()
+
+
+@each_build
+@pytest.mark.parametrize("D", [8, 72, 256])
+def test_rope_and_cache_into_e4m3(D, checked):
+    rng = np.random.default_rng(D)
+    H, KVH = 3, 2
+    paging = scattered(rng, [20], 16)
+    batch, blocks = paging.batch([(0, 9, 20)]), total_blocks(paging)
+    qkv = (rng.normal(0, 1, (11, (H + 2 * KVH) * D)) * 10 ** rng.uniform(-4, 3, (11, 1))).astype(BF16)
+    table, norms = rng.normal(0, 1, (20, D)).astype(F32), [rng.normal(1, 0.2, D).astype(F32), None]
+    scales = rng.uniform(0.1, 3, (2, 1)).astype(F32)
+    options = {"num_layers": 1, "num_blocks": blocks, "num_kv_heads": KVH, "head_dim": D}
+    reference = REFERENCE.new_kv_cache(**options, dtype=np.dtype(ml_dtypes.float8_e4m3fn), scales=scales)
+    expected = np.zeros((11, H * D), BF16)
+    REFERENCE.rope_and_cache(qkv, table, batch, reference, 0, q_norm=norms[0], k_norm=None, eps=1e-6, out=expected)
+
+    invalid, by_head = np.zeros(1, np.int32), [np.repeat(scale, KVH) for scale in scales]
+    k, v = np.zeros((2, blocks, KVH, 16, D), np.uint8)
+    out = unwritten(expected.shape, BF16)
+    rope_and_cache(qkv, table, batch, norms, k, v, out, checked, e4m3=[*by_head, invalid])
+    assert_same_bits(out, expected)
+    np.testing.assert_array_equal(k, reference.k[0].view(np.uint8).transpose(0, 2, 1, 3))
+    np.testing.assert_array_equal(v, reference.v[0].view(np.uint8).transpose(0, 2, 1, 3))
+    assert k.any() and v.any() and not invalid[0]
+
+    qkv[4, H * D + 5], qkv[2, -1], qkv[8, 0] = np.nan, np.inf, np.nan  # of k, v and q
+    rope_and_cache(qkv, table, batch, norms, k, v, out, checked, e4m3=[*by_head, invalid])
+    assert invalid[0] == 4 + 1  # the largest row

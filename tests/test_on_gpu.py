@@ -32,7 +32,7 @@ from engine.quant.registry import METHODS, LayerMethods, resolve
 from engine.sampler import SamplerState, sample_row
 from engine.workspace import Workspace
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
+BF16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 LOADERS = ("nvrtc", "extension")
 VOCAB, CONTEXT = 300, 96
 CONFIG = {
@@ -78,7 +78,15 @@ def most(loader: str, wanted: int, emulated: int) -> int:
 class Model:
     """A decoder with random weights and sequences of up to CONTEXT tokens, each with cache blocks of its own."""
 
-    def __init__(self, device: str, quant: str = "bf16", *, sequences: int = 4, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        device: str,
+        quant: str = "bf16",
+        *,
+        sequences: int = 4,
+        deterministic: bool = False,
+        kv_dtype: np.dtype[Any] = BF16,
+    ) -> None:
         self.ops = select_backend(device, deterministic=deterministic)
         config = read_config(CONFIG, "a test's model")
         workspace = Workspace(self.ops)
@@ -93,7 +101,8 @@ class Model:
             num_blocks=sequences * self._blocks,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            dtype=BF16,
+            dtype=kv_dtype,
+            activations=BF16,
         )
 
     def step(self, work: Mapping[int, Sequence[int]]) -> dict[int, Logits]:
@@ -159,6 +168,19 @@ def test_small_models(loader: str, quant: str) -> None:
     error = (found - expected) / expected.std()
     rms, largest = LIMITS.get(quant, (0.25, np.inf))
     assert np.sqrt(np.mean(error**2)) <= rms and np.abs(error).max() <= largest
+
+
+def test_a_small_model_with_a_cache_in_fp8(loader: str) -> None:
+    """The same limits; and a text's bits in chunks, deterministically, are those of the whole."""
+    expected = rows_of(Model("cpu", kv_dtype=E4M3), PROMPT, len(PROMPT))
+    found = rows_of(Model(device_string(loader), kv_dtype=E4M3), PROMPT, len(PROMPT))
+    error = (found - expected) / expected.std()
+    assert np.sqrt(np.mean(error**2)) <= LIMITS["bf16"][0] and np.abs(error).max() <= LIMITS["bf16"][1]
+    tokens = PROMPT[: most(loader, 40, 18)]
+    texts = [
+        rows_of(Model(device_string(loader), deterministic=True, kv_dtype=E4M3), tokens, chunk) for chunk in (99, 7, 1)
+    ]
+    assert len({text.tobytes() for text in texts}) == 1
 
 
 def test_loaders_give_the_same_bits() -> None:
