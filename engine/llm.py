@@ -40,8 +40,9 @@ from engine.ops.contract import Ops
 from engine.ops.fp8 import E4M3
 from engine.progress import progress_bar
 from engine.quant.registry import AS_STORED, check_quant, resolve
+from engine.rehearsal import start_runner
 from engine.request import Request
-from engine.runner import ModelRunner, activation_dtype, cache_dtype, sequence_length, start_runner
+from engine.runner import ModelRunner, activation_dtype, cache_dtype, sequence_length
 from engine.sampler import check_against_vocab, resolve_seed
 from engine.scheduler import Scheduler, check_prompt_length
 from engine.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engine.cache_directory import cache_directory
 from engine.config import ModelConfig, QuantConfig
-from engine.errors import InvalidArgument, NumericalError, WeightsError
+from engine.errors import CapacityError, InvalidArgument, NumericalError, WeightsError
 from engine.json_file import brief
 from engine.layers import Context
 from engine.models.decoder import Decoder
@@ -61,7 +61,8 @@ def load_model(
     """The model of a checkpoint directory, every parameter filled exactly once and finite.
 
     quant, scheme: as `registry.resolve` returned and took them. cache: whether weights quantised here may be kept on
-    disk. Raises WeightsError, NumericalError, and InvalidArgument for a method that does not fit the model.
+    disk. Raises WeightsError, NumericalError, CapacityError, and InvalidArgument for a method that does not fit the
+    model.
     """
     with ExitStack() as stack:  # closed files: what the model keeps mapped stays valid
         weights, origin = _open(config, directory, ops, quant, scheme, cache, progress, stack)
@@ -71,8 +72,11 @@ def load_model(
         stored = None if isinstance(weights, Checkpoint) else weights.storages()
         context = Context(ops, workspace, dtype, LayerMethods(quant, ops, workspace, stored))
         model = Decoder(config, context)
-        with progress("loading") as update:
-            fill_model(model, weights, ops, update)
+        try:
+            with progress("loading") as update:
+                fill_model(model, weights, ops, update)
+        except CapacityError as problem:
+            raise CapacityError(f"the weights do not fit: {problem}; choose a quant of fewer bits") from None
     return Loaded(model, _described(quant, origin))
 
 

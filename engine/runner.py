@@ -6,7 +6,7 @@ The runner knows nothing of requests; `Batch` in, logits or the next tokens out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import EngineConfig, ModelConfig
-from engine.core import Batch, SamplingParams, StepLimits
+from engine.core import Batch, StepLimits
 from engine.errors import CapacityError, InvalidArgument
 from engine.models.decoder import Decoder
 from engine.ops.contract import Array, KVCache, Ops
@@ -84,11 +84,6 @@ def plan_cache(model: ModelConfig, engine: EngineConfig, ops: Ops, dtype: np.dty
     budget = ops.kv_cache_budget() if engine.kv_cache_bytes is None else engine.kv_cache_bytes
     num_blocks = min(engine.max_num_seqs * -(-length // block_size), budget // block_bytes)
     fitting = num_blocks * block_size
-    if fitting < 2 and engine.kv_cache_bytes is None:
-        raise CapacityError(
-            f"{max(0, budget) / 2**20:.1f} MiB of memory are left for the KV cache, and {block_size} tokens take "
-            f"{block_bytes / 2**20:.1f}; lower max_num_batched_tokens or max_num_seqs, or choose a smaller quant"
-        )
     if fitting < (2 if engine.max_model_len is None else length):
         raise CapacityError(
             f"a KV cache of {budget / 2**20:.1f} MiB holds {fitting} tokens, fewer than the wanted {length}; "
@@ -172,95 +167,3 @@ class ModelRunner:
         if rows is not None:
             hidden = self._ops.take_rows(hidden, np.asarray(rows, np.int32))
         return self._ops.to_host(self._model.logits(hidden))
-
-
-def start_runner(
-    model: Decoder,
-    ops: Ops,
-    engine: EngineConfig,
-    dtype: np.dtype[Any],
-    kv_dtype: np.dtype[Any],
-    kv_scales: NDArray[np.float32] | None = None,
-) -> ModelRunner:
-    """A runner whose cache takes what is left once the largest steps have their scratch memory: none runs out later.
-
-    dtype, kv_dtype: of activations, of K and V. Raises InvalidArgument as `plan_cache` and `ModelRunner` do, and
-    CapacityError, which says what fits.
-    """
-    bound = plan_cache(model.config, engine, ops, kv_dtype)  # no sequence will be longer
-    limits = StepLimits(engine.max_num_batched_tokens, engine.max_num_seqs, bound.max_model_len)
-    small = CachePlan(1, ops.kv_block_size, 0, bound.max_model_len, kv_dtype)
-    passing = _reserve(
-        ops, limits, lambda limits: ModelRunner(model, ops, small, dtype, limits=limits, kv_scales=kv_scales)
-    )
-    plan = plan_cache(model.config, engine, ops, kv_dtype)
-    runner = ModelRunner(model, ops, plan, dtype, limits=limits, kv_scales=kv_scales)
-    del passing  # which the cache was not to have
-    return runner
-
-
-def _reserve(ops: Ops, most: StepLimits, new_runner: Callable[[StepLimits], ModelRunner]) -> object:
-    """Rehearse steps of 1, 2, 4 … tokens, if the backend wants that; what the last of them took in passing.
-
-    Raises CapacityError, which names the largest that fit.
-    """
-    passing: object = None
-    fitting: StepLimits | None = None
-    for tokens in _sizes(most.tokens):
-        limits = StepLimits(tokens, min(tokens, most.sequences), most.context)
-        passing = None  # of the one before
-        rehearsal = ops.rehearsal()
-        if rehearsal is None:
-            return None
-        try:
-            with rehearsal as passing:
-                _rehearse(new_runner(limits), limits)
-        except CapacityError as problem:
-            raise CapacityError(_too_large(most, fitting, problem)) from None
-        fitting = limits
-    return passing
-
-
-def _sizes(tokens: int) -> list[int]:
-    """Powers of two and the number itself: between two of them memory only grows, and no backend's kernels change."""
-    return [*(1 << i for i in range((tokens - 1).bit_length())), tokens]
-
-
-def _rehearse(runner: ModelRunner, limits: StepLimits) -> None:
-    """The steps that take most memory: one long prompt, all of it prefilled or decoded; a token of every sequence."""
-    T, S, length = limits.tokens, min(limits.tokens, limits.sequences), limits.context
-    states = [SamplerState(SamplingParams(temperature=1.0, presence_penalty=1.0), seed=0)] * S
-    whole = [*[length] * (T // length), *([T % length] if T % length else [])]
-    for new_tokens, num_decode_rows in ((whole, 0), (whole, None), ([1] * S, None)):
-        hidden = runner.hidden(_last_tokens(new_tokens, length, runner.plan.block_size, num_decode_rows))
-        rows = min(len(hidden), max(S, PROMPT_ROWS))
-        runner.logits(hidden, range(rows))
-        chosen = range(min(len(hidden), S))
-        runner.choose(hidden, chosen, states[: len(chosen)])
-
-
-def _last_tokens(new_tokens: Sequence[int], context: int, block_size: int, num_decode_rows: int | None) -> Batch:
-    """A batch of sequences whose last tokens, so many, end a context of this length. The first row is not asked for."""
-    counts = np.array(new_tokens, np.int32)
-    ends = np.cumsum(counts, dtype=np.int32)
-    T, S = int(ends[-1]), len(counts)
-    return Batch(
-        token_ids=np.zeros(T, np.int32),
-        positions=np.concatenate([np.arange(context - n, context, dtype=np.int32) for n in new_tokens]),
-        slot_mapping=np.zeros(T, np.int32),
-        query_start=np.concatenate([np.zeros(1, np.int32), ends]),
-        context_lens=np.full(S, context, np.int32),
-        block_tables=np.zeros((S, -(-context // block_size)), np.int32),
-        logit_rows=np.arange(min(1, T - 1), T, dtype=np.int32),
-        num_decode_rows=num_decode_rows,
-    )
-
-
-def _too_large(wanted: StepLimits, fitting: StepLimits | None, problem: CapacityError) -> str:
-    fits = "not even one token fits: choose a smaller quant, or lower max_model_len"
-    if fitting is not None:
-        fits = f"max_num_batched_tokens={fitting.tokens} and max_num_seqs={fitting.sequences} fit"
-    return (
-        f"steps of up to {wanted.tokens} tokens and {wanted.sequences} sequences need more scratch memory than the "
-        f"weights leave ({problem}); {fits}"
-    )

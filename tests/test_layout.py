@@ -43,6 +43,7 @@ FLOORS: list[tuple[int, str]] = [
     (5, "weights/"),
     (6, "engine/loading.py"),
     (6, "engine/runner.py"),
+    (6, "engine/rehearsal.py"),
     (7, "engine/request.py"),
     (7, "engine/worker.py"),
     (8, "engine/llm.py"),

@@ -10,6 +10,7 @@ Which GPU: the first that CUDA_VISIBLE_DEVICES leaves.
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from math import prod
@@ -120,6 +121,7 @@ class CudaDevice:
     def __init__(self, loader: str = "nvrtc", *, debug: bool = False) -> None:
         if loader not in LOADERS:
             raise InvalidArgument(f"unknown kernel loader {loader!r}; choose one of {', '.join(LOADERS)}")
+        gc.collect()  # a model that was given up may lie in cycles, with its memory
         self._cupy = _cupy()
         runtime = self._cupy.cuda.runtime
         try:

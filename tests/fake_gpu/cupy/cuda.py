@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import InvalidArgument
+from engine.errors import InvalidArgument, KernelFault
 from engine.ops.gpu.emulator import EmulatedModule
 
 ARCH = os.environ.get("FAKE_GPU_ARCH", "sm_90a")
@@ -36,17 +37,38 @@ class OutOfMemoryError(MemoryError):
     pass
 
 
+_failed: list[str] = []  # what a kernel did wrong: calls after it say so, as on a GPU, which runs it at some later time
+
+
+def check() -> None:
+    """Every call of the runtime begins so. Raises for a kernel that failed before."""
+    if _failed:
+        raise CUDARuntimeError(f"cudaErrorIllegalAddress: an illegal memory access was encountered: {_failed[0]}")
+
+
+def reset() -> None:
+    """A new process's GPU."""
+    _failed.clear()
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 _allocations: dict[int, NDArray[np.uint8]] = {}  # address -> memory
 _addresses: list[int] = []  # sorted
 
 
+def _free() -> int:
+    return TOTAL - sum(memory.nbytes for memory in _allocations.values())
+
+
 class MemoryPointer:
     ptr = 0
 
     def __init__(self, nbytes: int) -> None:
-        if sum(memory.nbytes for memory in _allocations.values()) + nbytes > TOTAL:
+        check()
+        if _free() < nbytes:
+            gc.collect()  # as CuPy does
+        if _free() < nbytes:
             raise OutOfMemoryError(f"{nbytes} bytes")
         raw = np.full(nbytes + 256, 0xFF, np.uint8)
         self.ptr = raw.ctypes.data + -raw.ctypes.data % 256
@@ -110,10 +132,14 @@ class Stream:
         return cls._streams[address]
 
     def do(self, work: Work) -> None:
-        if self._captured is None:
-            work()
-        else:
+        check()
+        if self._captured is not None:
             self._captured.append(work)
+            return
+        try:
+            work()
+        except KernelFault as fault:
+            _failed.append(str(fault))
 
     def __enter__(self) -> Stream:
         _current.append(self)
@@ -123,6 +149,7 @@ class Stream:
         _current.pop()
 
     def synchronize(self) -> None:
+        check()
         if self._captured is not None:
             raise CUDARuntimeError(
                 "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing"
@@ -159,7 +186,7 @@ class Event:
         self.time = time.perf_counter()
 
     def synchronize(self) -> None:
-        pass
+        check()
 
 
 _current = [Stream()]
@@ -189,6 +216,11 @@ def _memset_async(target: int, value: int, nbytes: int, stream: int) -> None:
     Stream.at(stream).do(lambda: ctypes.memset(target, value, nbytes))
 
 
+def _mem_get_info() -> tuple[int, int]:
+    check()
+    return _free(), TOTAL
+
+
 _number = int("".join(c for c in ARCH if c.isdigit()))
 runtime = SimpleNamespace(
     CUDARuntimeError=CUDARuntimeError,
@@ -201,7 +233,7 @@ runtime = SimpleNamespace(
         "l2CacheSize": 4096,
         "totalGlobalMem": TOTAL,
     },
-    memGetInfo=lambda: (TOTAL - sum(memory.nbytes for memory in _allocations.values()), TOTAL),
+    memGetInfo=_mem_get_info,
     memcpyAsync=_memcpy_async,
     memsetAsync=_memset_async,
     driverGetVersion=lambda: 13000,
