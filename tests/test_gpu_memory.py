@@ -22,7 +22,7 @@ from tiny_models import write_model
 
 from engine import LLM, SamplingParams
 from engine.core import Batch
-from engine.errors import CapacityError, DeviceError, EngineClosed, InvalidArgument
+from engine.errors import CapacityError, DeviceError, EngineClosed, InvalidArgument, KernelFault
 from engine.ops.backends import select_backend
 from engine.ops.gpu.cuda_device import CudaDevice
 from engine.ops.gpu.emulator import EmulatedModule
@@ -282,19 +282,22 @@ def test_a_kernel_that_failed_is_told_by_the_next_call(cuda: Any, call: str) -> 
     cuda.reset()
 
 
-def test_debug_names_the_kernel(cuda: Any) -> None:
+def test_debug_names_the_kernel(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     device = CudaDevice(debug=True)
     bad = reads_nothing(device)
     with pytest.raises(DeviceError, match="running read_bandwidth of read_bandwidth.cu: cudaErrorIllegalAddress"):
         device.launch(bad)
     cuda.reset()
-    device = CudaDevice(debug=True)
-    out = device.zeros((1,), np.dtype(np.uint32))
-    array = device.zeros((64,), np.dtype(np.uint32))
-    launch = Launch("read_bandwidth.cu", "read_bandwidth", (1, 1, 1), (64, 1, 1), 0, [array, np.int64(16), out])
-    graph = device.capture(lambda: device.launch(launch))
+    good = bad._replace(args=[device.zeros((64,), np.dtype(np.uint32)), *bad.args[1:]])
+    graph = device.capture(lambda: device.launch(good))
     graph.run()
-    del array, launch._replace(args=[]).args[:]
+
+    def fails(*_: Any) -> None:
+        raise KernelFault("planted")
+
+    monkeypatch.setattr(sys.modules["cupy"], "emulated_launch", fails)
+    with pytest.raises(DeviceError, match="a graph of read_bandwidth: cudaErrorIllegalAddress.*planted"):
+        graph.run()
     cuda.reset()
 
 
