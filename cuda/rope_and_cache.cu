@@ -135,25 +135,23 @@ __device__ __forceinline__ void rope_and_cache(const T* qkv, i64 qkv_stride, con
         const bool vectors = is_aligned(rope_table);
         rotate(low, high, load_four(cos, vectors), load_four(cos + half, vectors));
     }
-    const int kv_head = (head - H) % KVH;
-    const auto store = [&](auto* to, const void* aligned_where) {
-        const bool vectors = is_aligned(aligned_where);
-        store_four(to + 4 * j, low, vectors);
-        store_four(to + half + 4 * j, high, vectors);
-    };
-    if (is_q) {
-        T* row = out + t * out_stride;
-        return store(row + static_cast<i64>(head) * D, row);
+    T* to = out + t * out_stride + static_cast<i64>(head) * D;
+    bool store_vectors = is_aligned(out + t * out_stride);
+    if (!is_q) {
+        const int kv_head = (head - H) % KVH;
+        KV* row = (is_v ? v_cache : k_cache) + kv_row(slot_mapping[t], kv_head, KVH, D);
+        if constexpr (sizeof(KV) == 1) {
+            const float scale = (is_v ? codes.v_scales : codes.k_scales)[kv_head];
+            store_codes(row + 4 * j, low, scale);
+            store_codes(row + half + 4 * j, high, scale);
+            if (!is_finite(low) || !is_finite(high)) atomicMax(codes.invalid, t + 1);
+            return;
+        } else {
+            to = row, store_vectors = is_aligned(row);
+        }
     }
-    KV* to = (is_v ? v_cache : k_cache) + kv_row(slot_mapping[t], kv_head, KVH, D);
-    if constexpr (sizeof(KV) > 1) {
-        store(to, to);
-    } else {
-        const float scale = (is_v ? codes.v_scales : codes.k_scales)[kv_head];
-        store_codes(to + 4 * j, low, scale);
-        store_codes(to + half + 4 * j, high, scale);
-        if (!is_finite(low) || !is_finite(high)) atomicMax(codes.invalid, t + 1);
-    }
+    store_four(to + 4 * j, low, store_vectors);
+    store_four(to + half + 4 * j, high, store_vectors);
 }
 
 #define PARAMETERS(T, KV)                                                                                              \
