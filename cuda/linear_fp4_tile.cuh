@@ -32,6 +32,7 @@ struct Fp4Tile {
     const u8* units;
     int N, units_along_k;
 
+    template <int>
     __device__ __forceinline__ void copy(u32, int, int) const {}
     __device__ __forceinline__ int flush_k(int slice_k) const { return slice_k; }
     __device__ __forceinline__ float add(float total, float sum, int, int) const { return __fadd_rn(total, sum); }
@@ -42,11 +43,19 @@ struct Fp4Tile {
             uint4 low, high;
             u32 low_scale[kWords], high_scale[kWords];
         };
+        // Lanes of odd rows store the second of two words first, so that eight lanes, which hold two rows and store at once,
+        // meet all banks.
+        const int odd;
+        const u32 place;  // of the piece stored first
         const u8* from[kUnits];
         int left;  // 128 k still to load
         Unit now[kUnits], next[kUnits];
 
-        __device__ __forceinline__ Dequantiser(const Fp4Tile& weight, int first_n) : left(weight.units_along_k) {
+        __device__ __forceinline__ Dequantiser(const Fp4Tile& weight, int first_n)
+            : odd(lane_of_warp() >> 2 & 1),
+              place(tile_place(kTileRows * kUnits * warp_of_block() + (lane_of_warp() >> 2),
+                               4 * odd + (lane_of_warp() & 3))),
+              left(weight.units_along_k) {
             const int tiles = ceil_div(weight.N, kTileRows);
 #pragma unroll
             for (int i = 0; i < kUnits; ++i) {
@@ -80,28 +89,28 @@ struct Fp4Tile {
             }
 #pragma unroll
             for (int i = 0; i < kUnits; ++i) {
-                const int row = kTileRows * (kUnits * warp_of_block() + i) + (lane_of_warp() >> 2);
+                u8* low = to + kTileRows * kTileRowBytes * i;
+                u8* high = low + 8 * kTileRowBytes;
                 if (step % 2 == 0) {
-                    store<0>(to, row, now[i].low.x, now[i].low.y, now[i].low_scale);
-                    store<0>(to, row + 8, now[i].high.x, now[i].high.y, now[i].high_scale);
+                    store<0>(low, now[i].low.x, now[i].low.y, now[i].low_scale);
+                    store<0>(high, now[i].high.x, now[i].high.y, now[i].high_scale);
                 } else {
-                    store<2>(to, row, now[i].low.z, now[i].low.w, now[i].low_scale);
-                    store<2>(to, row + 8, now[i].high.z, now[i].high.w, now[i].high_scale);
+                    store<2>(low, now[i].low.z, now[i].low.w, now[i].low_scale);
+                    store<2>(high, now[i].high.z, now[i].high.w, now[i].high_scale);
                 }
             }
         }
 
     private:
-        // Words r and r + 1 of a row: k in [32 r, + 64) of 128.
+        // Words r and r + 1 of a row: k in [32 r, + 64) of 128; their pieces' places differ in one bit.
         template <int r>
-        static __device__ __forceinline__ void store(u8* to, int row, u32 first, u32 second,
-                                                     const u32 (&scale)[kWords]) {
+        __device__ __forceinline__ void store(u8* to, u32 first, u32 second, const u32 (&scale)[kWords]) const {
             const int q = lane_of_warp() & 3;
             u32 pairs[4];
-            Codes::template values<T>(first, scale, r, q, pairs);
-            *reinterpret_cast<uint4*>(to + tile_place(row, q)) = in_order<permuted>(pairs);
-            Codes::template values<T>(second, scale, r + 1, q, pairs);
-            *reinterpret_cast<uint4*>(to + tile_place(row, 4 + q)) = in_order<permuted>(pairs);
+            Codes::template values<T>(odd ? second : first, scale, r + odd, q, pairs);
+            *reinterpret_cast<uint4*>(to + place) = in_order<permuted>(pairs);
+            Codes::template values<T>(odd ? first : second, scale, r + 1 - odd, q, pairs);
+            *reinterpret_cast<uint4*>(to + (place ^ 64)) = in_order<permuted>(pairs);
         }
     };
 };

@@ -20,6 +20,7 @@ struct Fp8Tile {
     const float* scale;
     int steps, N, units_along_k;
 
+    template <int>
     __device__ __forceinline__ void copy(u32, int, int) const {}
     __device__ __forceinline__ int flush_k(int slice_k) const { return steps > 1 ? kFp8ScaleK : slice_k; }
     __device__ __forceinline__ float add(float total, float sum, int n, int k) const {
@@ -63,13 +64,15 @@ struct Fp8Tile {
         }
 
     private:
-        // Word r is k = 16 r + 4 q …: half a piece of 16 bytes.
+        // Word r is k = 16 r + 4 q …: half a piece of 16 bytes. Odd rows store words 2, 3, 0, 1, so that sixteen lanes, which
+        // hold four rows and store at once, meet all banks.
         static __device__ __forceinline__ void store(u8* to, int row, uint4 codes) {
-            const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
-            const int q = lane_of_warp() & 3;
+            const int q = lane_of_warp() & 3, odd = lane_of_warp() >> 2 & 1;
+            const u32 words[4] = {odd ? codes.z : codes.x, odd ? codes.w : codes.y, odd ? codes.x : codes.z,
+                                  odd ? codes.y : codes.w};
 #pragma unroll
             for (int r = 0; r < 4; ++r)
-                *reinterpret_cast<uint2*>(to + tile_place(row, 2 * r + (q >> 1)) + 8 * (q & 1)) =
+                *reinterpret_cast<uint2*>(to + tile_place(row, 2 * (r ^ 2 * odd) + (q >> 1)) + 8 * (q & 1)) =
                     e4m3_in_order<T>(words[r]);
         }
     };

@@ -44,17 +44,20 @@ __device__ __forceinline__ u32 half_tile_place(int row, int sixteen) {
     return row * (kTileRowBytes / 2) + 16 * (sixteen ^ (row >> 1 & 3));
 }
 
-// Rows first … of a 16-bit matrix [rows, K] to a tile, pieces from column k on; what is beyond rows or K becomes zeros.
-template <bool half_rows>
-__device__ __forceinline__ void copy_tile(u32 shared, const void* matrix, i64 stride, int first, int rows, int k, int K,
-                                          int tile_rows) {
-    constexpr int kPieces = half_rows ? 4 : 8;
-    for (int i = threadIdx.x; i < tile_rows * kPieces; i += blockDim.x) {
-        const int row = i / kPieces, piece = i % kPieces, column = k + 8 * piece;
-        const bool inside = first + row < rows && column < K;
-        const i64 at = inside ? (first + row) * stride + column : 0;
-        const u32 place = half_rows ? half_tile_place(row, piece) : tile_place(row, piece);
-        ptx::cp_async_16(shared + place, static_cast<const unsigned short*>(matrix) + at, inside ? 16 : 0);
+// Rows first … of a 16-bit matrix [rows, K] to a tile of kRows, pieces from column k on, by kThreads threads; what is
+// beyond rows or K becomes zeros. A thread has the same piece of every kStep-th row: places differ by constants.
+template <int kRows, int kThreads, bool half_rows>
+__device__ __forceinline__ void copy_tile(u32 shared, const void* matrix, i64 stride, int first, int rows, int k,
+                                          int K) {
+    constexpr int kPieces = half_rows ? 4 : 8, kStep = kThreads / kPieces;
+    static_assert(kStep % 8 == 0 && kRows % kStep == 0, "rows that are kStep apart have one place in their swizzle");
+    const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, column = k + 8 * piece;
+    const u32 to = shared + (half_rows ? half_tile_place(row, piece) : tile_place(row, piece));
+    const auto* from = static_cast<const unsigned short*>(matrix) + (first + row) * stride + column;
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i) {
+        const bool inside = first + row + i * kStep < rows && column < K;  // else the address is not looked at
+        ptx::cp_async_16(to + i * kStep * 16 * kPieces, from + i * kStep * stride, inside ? 16 : 0);
     }
 }
 
@@ -65,6 +68,16 @@ struct TileInput {
     const u32* metadata;  // sparse: [ceil(M / 16), K / 64, 32]
     i64 stride;          // of first and second, halved where sparse
     int M, K;
+
+    // 64 k of kTokens tokens: the first path's tile, then the second's.
+    template <int kTokens, int kThreads, bool kSparse, bool kTwo>
+    __device__ __forceinline__ void copy(u32 shared, int first_token, int k) const {
+        constexpr int kHalf = kSparse ? 2 : 1;
+        copy_tile<kTokens, kThreads, kSparse>(shared, first, stride / kHalf, first_token, M, k / kHalf, K / kHalf);
+        if (kTwo)
+            copy_tile<kTokens, kThreads, false>(shared + kTokens * kTileRowBytes / kHalf, second, stride, first_token, M,
+                                                k, K);
+    }
 };
 
 enum class Paths { one, two, sparse_and_dense, sparse };
@@ -89,7 +102,7 @@ __device__ __forceinline__ void multiply_add_sparse<f16>(float (&c)[4], const u3
 using TileSums = float[4][4][4];
 
 // WeightTile:
-//     kCopied                    its 16-bit elements come by cp.async: copy(shared, first_n, k)
+//     kCopied                    its 16-bit elements come by cp.async: copy<threads>(shared, first_n, k)
 //     else Dequantiser           what a thread holds: Dequantiser(weight, first_n), and fill(to, step), called for each
 //                                step in order, which puts 128 n × 64 k there
 //     flush_k(slice_k)           how many k the tensor core may sum
@@ -99,7 +112,7 @@ __device__ __forceinline__ void tile_linear(const WeightTile& weight, const Tile
                                             int slice_k) {
     constexpr bool kSparse = paths == Paths::sparse || paths == Paths::sparse_and_dense;
     constexpr bool kTwo = paths == Paths::two || paths == Paths::sparse_and_dense;
-    constexpr int kTokens = kWarpsM * kWarpTokens;
+    constexpr int kTokens = kWarpsM * kWarpTokens, kThreads = 128 * kWarpsM;
     constexpr int kFirstBytes = kTokens * (kSparse ? kTileRowBytes / 2 : kTileRowBytes);
     constexpr int kInputBytes = kFirstBytes + (kTwo ? kTokens * kTileRowBytes : 0);
     constexpr int kStageBytes = kInputBytes + (WeightTile::kCopied ? kTileWeightBytes : 0);
@@ -115,13 +128,8 @@ __device__ __forceinline__ void tile_linear(const WeightTile& weight, const Tile
         if (step < steps) {
             const u32 to = shared_address + step % kTileStages * kStageBytes;
             const int k = step * kTileK;
-            if (kSparse)
-                copy_tile<true>(to, input.first, input.stride / 2, first_token, input.M, k / 2, input.K / 2, kTokens);
-            else copy_tile<false>(to, input.first, input.stride, first_token, input.M, k, input.K, kTokens);
-            if (kTwo)
-                copy_tile<false>(to + kFirstBytes, input.second, input.stride, first_token, input.M, k, input.K,
-                                 kTokens);
-            weight.copy(to + kInputBytes, first_n, k);
+            input.template copy<kTokens, kThreads, kSparse, kTwo>(to, first_token, k);
+            weight.template copy<kThreads>(to + kInputBytes, first_n, k);
         }
         ptx::cp_async_commit();
     };
@@ -223,8 +231,9 @@ struct RowMajorTile {
         __device__ __forceinline__ Dequantiser(const RowMajorTile&, int) {}
         __device__ __forceinline__ void fill(u8*, int) {}
     };
+    template <int kThreads>
     __device__ __forceinline__ void copy(u32 shared, int first_n, int k) const {
-        copy_tile<false>(shared, w, K, first_n, N, k, K, kRows);
+        copy_tile<kRows, kThreads, false>(shared, w, K, first_n, N, k, K);
     }
     __device__ __forceinline__ int flush_k(int slice_k) const { return slice_k; }
     __device__ __forceinline__ float add(float total, float sum, int, int) const { return __fadd_rn(total, sum); }

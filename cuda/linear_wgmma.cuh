@@ -29,7 +29,7 @@
 
 #if PTX_SM90A
 
-constexpr int kWgmmaStages = 4, kWgmmaTokens = 128;
+constexpr int kWgmmaStages = 4, kWgmmaTokens = 128, kWgmmaThreads = 256;
 
 __device__ __forceinline__ void warpgroup_product(float (&c)[64], uint64_t a, uint64_t b, bool add) {
     ptx::wgmma_m64n128k16_bf16(c, a, b, add);
@@ -67,14 +67,8 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
         if (step < steps) {
             const u32 to = shared_address + step % kWgmmaStages * kStageBytes;
             const int k = step * kTileK;
-            if (kSparse)
-                copy_tile<true>(to, input.first, input.stride / 2, first_token, input.M, k / 2, input.K / 2,
-                                kWgmmaTokens);
-            else copy_tile<false>(to, input.first, input.stride, first_token, input.M, k, input.K, kWgmmaTokens);
-            if (kTwo)
-                copy_tile<false>(to + kFirstBytes, input.second, input.stride, first_token, input.M, k, input.K,
-                                 kWgmmaTokens);
-            weight.copy(to + kInputBytes, first_n, k);
+            input.template copy<kWgmmaTokens, kWgmmaThreads, kSparse, kTwo>(to, first_token, k);
+            weight.template copy<kWgmmaThreads>(to + kInputBytes, first_n, k);
         }
         ptx::cp_async_commit();
     };
@@ -102,7 +96,7 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
         __syncthreads();
         const u32 stage = shared_address + step % kWgmmaStages * kStageBytes;
         const u32 weights = WeightTile::kCopied ? stage + kInputBytes : dequantised_address + step % 3 * kWeightBytes;
-        const bool starts_slice = kSlices && step % slice_steps == 0;
+        const bool starts_slice = kSlices && (step & (slice_steps - 1)) == 0;
         ptx::wgmma_fence();
         if constexpr (kSparse) {
             const u32 x = stage + group * (kFirstBytes / 2);
@@ -123,7 +117,7 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
         copy(step + kWgmmaStages - 2);
         if (!WeightTile::kCopied && step + 1 < steps)
             dequantiser.fill(dequantised + (step + 1) % 3 * kWeightBytes, step + 1);
-        if (kSlices && (step + 1) % slice_steps == 0 && step + 1 < steps) {
+        if (kSlices && (step + 1 & (slice_steps - 1)) == 0 && step + 1 < steps) {
             ptx::wgmma_wait<0>();
 #pragma unroll
             for (int e = 0; e < (kSlices ? kN / 2 : 1); ++e)
