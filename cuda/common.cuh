@@ -9,6 +9,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "mma.cuh"
+
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 using u8 = unsigned char;
@@ -122,12 +124,10 @@ __device__ __forceinline__ float max_of_lanes(float x) {
 
 // The largest over the block, for every thread. maxima [32] is shared memory that nobody else uses meanwhile.
 __device__ __forceinline__ u32 max_of_block(u32 x, u32* maxima) {
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) x = max(x, __shfl_xor_sync(kAllLanes, x, distance));
+    x = __reduce_max_sync(kAllLanes, x);
     if (lane_of_warp() == 0) maxima[warp_of_block()] = x;
     __syncthreads();
-    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) x = max(x, maxima[warp]);
-    return x;
+    return __reduce_max_sync(kAllLanes, lane_of_warp() < blockDim.x / 32 ? maxima[lane_of_warp()] : 0);
 }
 
 // ---- arithmetic fixed by reference.py -------------------------------------------------------------------------------
@@ -171,26 +171,60 @@ __device__ __forceinline__ float normalised(float x, float inverse_rms, float we
     return __fmul_rn(__fmul_rn(x, inverse_rms), weight);
 }
 
+// e^x = p · 2^n for x in [-104, 89].
+struct Exponential {
+    float p;
+    int n;
+
+    __device__ __forceinline__ explicit Exponential(float x) {
+        const float aligner = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to a whole number, in the low bits
+        const float aligned = __fadd_rn(__fmul_rn(x, 1.44269504f), aligner);
+        const float whole = __fadd_rn(aligned, -aligner);
+        const float r = __fmaf_rn(1.90465421e-9f, whole, __fmaf_rn(-0.693147182f, whole, x));
+        p = 0x1.6a23cep-10f;
+        p = __fmaf_rn(p, r, 0x1.123a2p-7f);
+        p = __fmaf_rn(p, r, 0x1.5558f2p-5f);
+        p = __fmaf_rn(p, r, 0x1.555492p-3f);
+        p = __fmaf_rn(p, r, 0x1.fffffcp-2f);
+        p = __fmaf_rn(p, r, 1.0f);
+        p = __fmaf_rn(p, r, 1.0f);
+        n = __float_as_int(aligned) - __float_as_int(aligner);
+    }
+};
+
 // reference.exp32, except that NaN gives e^-104: callers have NaN elsewhere in their formula.
 __device__ __forceinline__ float exp32(float x) {
-    x = fminf(fmaxf(x, -104.0f), 89.0f);
-    const float aligner = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to a whole number, in the low bits
-    const float aligned = __fadd_rn(__fmul_rn(x, 1.44269504f), aligner);
-    const float n = __fadd_rn(aligned, -aligner);
-    const float r = __fmaf_rn(1.90465421e-9f, n, __fmaf_rn(-0.693147182f, n, x));
-    float p = 0x1.6a23cep-10f;
-    p = __fmaf_rn(p, r, 0x1.123a2p-7f);
-    p = __fmaf_rn(p, r, 0x1.5558f2p-5f);
-    p = __fmaf_rn(p, r, 0x1.555492p-3f);
-    p = __fmaf_rn(p, r, 0x1.fffffcp-2f);
-    p = __fmaf_rn(p, r, 1.0f);
-    p = __fmaf_rn(p, r, 1.0f);
+    const Exponential e(fminf(fmaxf(x, -104.0f), 89.0f));
     // times 2^n in two factors, since 2^n itself may not be an fp32
-    const int exponent = __float_as_int(aligned) - __float_as_int(aligner), half = exponent >> 1;
-    const float first = __int_as_float((half + 127) << 23), second = __int_as_float((exponent - half + 127) << 23);
-    return __fmul_rn(__fmul_rn(p, first), second);
+    const int half = e.n >> 1;
+    const float first = __int_as_float((half + 127) << 23), second = __int_as_float((e.n - half + 127) << 23);
+    return __fmul_rn(__fmul_rn(e.p, first), second);
 }
 
 __device__ __forceinline__ float silu_mul(float gate, float up) {
     return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, exp32(-gate))), up);
+}
+
+// gate becomes silu(gate) · up. Gates up to 80, and NaN, are done without what only others need: e^-gate is then
+// normal, and the divisor between 1 and 2^116. A quotient of g by d, with r near 1/d, is q = g · r corrected by
+// (d·q − g) · −r: correctly rounded, since the remainder is exact (for |g| < 2^-25 d is 2), and −0 stays −0.
+template <int N>
+__device__ __forceinline__ void silu_mul(float (&gate)[N], const float (&up)[N]) {
+    bool large = false;
+#pragma unroll
+    for (int i = 0; i < N; ++i) large |= fabsf(gate[i]) > 80.0f;
+    if (large) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) gate[i] = silu_mul(gate[i], up[i]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const float g = gate[i];
+        const Exponential e(-g);
+        const float d = __fadd_rn(1.0f, __int_as_float(__float_as_int(e.p) + (e.n << 23)));
+        const float guess = ptx::reciprocal(d), r = __fmaf_rn(__fmaf_rn(-d, guess, 1.0f), guess, guess);
+        const float q = __fmul_rn(g, r);
+        gate[i] = __fmul_rn(__fmaf_rn(__fmaf_rn(d, q, -g), -r, q), up[i]);
+    }
 }

@@ -374,6 +374,13 @@ __device__ __forceinline__ uint16_t ue8m0x2(float low, float high) {
 }
 #endif
 
+// --- 1 / x to about a unit in the last place; subnormal x counts as 0, a subnormal result becomes 0 --------------------
+__device__ __forceinline__ float reciprocal(float x) {
+    float result;
+    asm volatile("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
 // --- E4M3 conversions (sm_89): nearest, ties to even, saturating to ±448; `low` in the low byte ----------------------
 #if PTX_ARCH >= 89
 __device__ __forceinline__ uint16_t e4m3x2(float low, float high) {

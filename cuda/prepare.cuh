@@ -60,15 +60,6 @@ __device__ __forceinline__ void load_tile(const bf16* from, int n, bool vectors,
     }
 }
 
-__device__ __forceinline__ void pack_tile(const float (&x)[kTile], u32 (&words)[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) words[i] = Word<bf16>::pack(x[2 * i], x[2 * i + 1]);
-}
-__device__ __forceinline__ void unpack_tile(const u32 (&words)[8], float (&x)[kTile]) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[2 * i] = Word<bf16>::low(words[i]), x[2 * i + 1] = Word<bf16>::high(words[i]);
-}
-
 __device__ __forceinline__ __nv_bfloat162 magnitudes(u32 word) {
     return __habs2(reinterpret_cast<const __nv_bfloat162&>(word));
 }
@@ -88,8 +79,7 @@ __device__ __forceinline__ void make_tile(const Source& from, int k, float inver
     if (from.silu) {
         const auto* up = from.row() + from.K;
         load_tile(up + k, from.left(k), from.vectors(up), other);
-#pragma unroll
-        for (int i = 0; i < kTile; ++i) x[i] = silu_mul(x[i], other[i]);
+        silu_mul(x, other);
     } else {
         load_tile(from.norm_weight + k, from.left(k), from.vectors(from.norm_weight), other);
 #pragma unroll
@@ -133,45 +123,53 @@ __device__ __forceinline__ u32 make_row(const Source& from, uint4* made, RowScra
 
 // ---- dividing it ----------------------------------------------------------------------------------------------------
 
-// A row's divisor. The quotient of a bf16 number x by g is fma(fma(−q, g, x), 1/g, q) with q = x · (1/g): all 2^30
-// pairs of mantissas agree with x / g, as long as nothing on the way is 0 or subnormal, which `least` ensures.
+// A row's divisor. `quotient` of a bf16 number x by g is x · high + x · low, the two together 1/g: over all 2^30 pairs
+// of mantissas (tests/test_cuda_prepare.py) it rounds to the bf16 and to the E4M3 that x / g rounds to, as long as
+// nothing on the way is subnormal: g is `ordinary` and the quotient 2^-100 or more. low is not negative, so that zeros
+// keep their sign.
 struct Divisor {
-    float g, inverse, least;
+    float g, high, low;
 
-    __device__ __forceinline__ explicit Divisor(float g)
-        : g(g), inverse(__frcp_rn(g)), least(fmaxf(0x1p-102f, __fmul_rn(0x1p-125f, g))) {}
-
-    __device__ __forceinline__ void divide(const u32 (&words)[8], float (&x)[kTile]) const {
-        unpack_tile(words, x);
-        __nv_bfloat162 small = magnitudes(words[0]);
-#pragma unroll
-        for (int i = 1; i < 8; ++i) small = __hmin2(small, magnitudes(words[i]));
-        if (fminf(__low2float(small), __high2float(small)) < least) return divide(x);
-#pragma unroll
-        for (int i = 0; i < kTile; ++i) {
-            const float q = __fmul_rn(x[i], inverse);
-            x[i] = __fmaf_rn(__fmaf_rn(-q, g, x[i]), inverse, q);
-        }
+    __device__ __forceinline__ explicit Divisor(float g) : g(g) {
+        const float inverse = __frcp_rn(g);
+        high = __fmaf_rn(-g, inverse, 1.0f) < 0 ? __uint_as_float(__float_as_uint(inverse) - 1) : inverse;
+        low = __fmul_rn(__fmaf_rn(-g, high, 1.0f), inverse);
     }
-    __device__ __forceinline__ void divide(float (&x)[kTile]) const {
-#pragma unroll
-        for (int i = 0; i < kTile; ++i) x[i] = __fdiv_rn(x[i], g);
-    }
+    __device__ __forceinline__ bool ordinary() const { return g < 0x1p64f; }  // nor is it ever below 1e-9
+    __device__ __forceinline__ float quotient(float x) const { return __fmaf_rn(x, high, __fmul_rn(x, low)); }
 };
+constexpr float kLeastQuotient = 0x1p-100f;
 
-// A tile of the row make_row made or looked at: as it is for g = 1 (`divided` false), else over g.
-template <bool divided, class Source>
-__device__ __forceinline__ void row_tile(const Source& from, const uint4* made, int k, const Divisor& divisor,
-                                         float (&x)[kTile]) {
+// A tile of the row make_row made or looked at, 0 beyond K.
+template <class Source>
+__device__ __forceinline__ void row_tile(const Source& from, const uint4* made, int k, float (&x)[kTile]) {
     if (kIsBf16<typename Source::Element> || from.fused()) {
-        u32 words[8];
-        if (from.fused()) load_tile(reinterpret_cast<const bf16*>(made) + k, kTile, true, words);
-        else load_tile(reinterpret_cast<const bf16*>(from.row()) + k, from.left(k), from.vectors(from.row()), words);
-        if constexpr (divided) divisor.divide(words, x);
-        else unpack_tile(words, x);
-    } else {
+        u32 words[8] = {};
+        if (from.fused()) {
+            if (k < from.K) load_tile(reinterpret_cast<const bf16*>(made) + k, kTile, true, words);
+        } else if (k < from.K) {
+            load_tile(reinterpret_cast<const bf16*>(from.row()) + k, from.left(k), from.vectors(from.row()), words);
+        }
+        unpack_tile(words, x);
+    } else if (k < from.K) {
         load_tile(from.row() + k, from.left(k), from.vectors(from.row()), x);
-        if constexpr (divided) divisor.divide(x);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) x[i] = 0.0f;
+    }
+}
+
+// The same over g. exact: as it must be for rows that are not bf16, or where `quotient` would not do.
+template <class Source>
+__device__ __forceinline__ void divided_tile(const Source& from, const uint4* made, int k, const Divisor& divisor,
+                                             bool exact, float (&x)[kTile]) {
+    row_tile(from, made, k, x);
+    if (exact || !(kIsBf16<typename Source::Element> || from.fused())) {
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) x[i] = __fdiv_rn(x[i], divisor.g);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) x[i] = divisor.quotient(x[i]);
     }
 }
 
@@ -200,21 +198,6 @@ __device__ __forceinline__ bool begin_fp4_row(const Source& from, const float* t
     scale = Format::kGlobalScale ? row_scale(amax, 6.0f * 448.0f) : 1.0f;
     if (threadIdx.x == 0) g[blockIdx.x] = scale;
     return true;
-}
-
-// A tile of the row to quantise: bf16 values, 0 beyond K.
-template <class Format, class Source>
-__device__ __forceinline__ void fp4_tile(const Source& from, const uint4* made, int k, const Divisor& divisor,
-                                         float (&x)[kTile]) {
-    if (k >= from.K) {
-#pragma unroll
-        for (int i = 0; i < kTile; ++i) x[i] = 0.0f;
-        return;
-    }
-    row_tile<Format::kGlobalScale>(from, made, k, divisor, x);
-    u32 words[8];
-    pack_tile(x, words);  // exact where nothing was divided and the row is bf16 already
-    unpack_tile(words, x);
 }
 
 // The one lane of a block's lanes that stores its scale; 0 beyond K.

@@ -19,21 +19,34 @@ __device__ __forceinline__ void prepare_fp4(const Source& from, const float* ten
     if (!begin_fp4_row<Format>(from, tensor_amax, made, scratch, g, invalid, row_scale)) return;
 
     constexpr int block = Format::kBlock;
-    const i64 row = blockIdx.x;
     const int tiles = ceil_div(from.K, 128) * (128 / kTile);
-    uint2* codes = static_cast<uint2*>(payload) + row * tiles;
-    auto* row_scales = static_cast<typename Format::Scale*>(scales) + row * (tiles * kTile / block);
+    const i64 first = static_cast<i64>(blockIdx.x) * tiles;  // of the row
+    auto* row_scales = static_cast<typename Format::Scale*>(scales) + first * kTile / block;
     const Divisor divisor(row_scale);
     // Warps go through together: lanes whose tiles lie beyond the row take part in the shuffles.
     for (int tile = threadIdx.x; tile - lane_of_warp() < tiles; tile += blockDim.x) {
-        float x[kTile], value[kTile];
-        u32 words[2];
-        fp4_tile<Format>(from, made, kTile * tile, divisor, x);
-        const auto scale = Format::template scale<block>(x);
-        scale.encode(x, words, value);
+        float x[kTile];
+        u32 words[8], codes[2], stored;
+        if constexpr (Format::kGlobalScale) {
+            divided_tile(from, made, kTile * tile, divisor, !divisor.ordinary(), x);
+        } else {
+            row_tile(from, made, kTile * tile, x);
+        }
+        pack_tile(x, words);  // numbers too small for `divisor` have the same codes however they are rounded
+        unpack_tile(words, x);
+        if constexpr (Format::kE2m1) {
+            const auto scale = Format::template scale<block>(largest(x));
+            codes[0] = E2m1Eight(x, scale.half_inverse).codes(), codes[1] = E2m1Eight(x + 8, scale.half_inverse).codes();
+            stored = scale.stored;
+        } else {
+            const auto scale = Format::scale(x);
+            float value[kTile];
+            scale.encode(x, codes, value);
+            stored = scale.stored;
+        }
         if (tile >= tiles) continue;
-        codes[tile] = make_uint2(words[0], words[1]);
-        store_scale<block>(row_scales, tile, kTile * tile < from.K, scale.stored);
+        static_cast<uint2*>(payload)[first + tile] = make_uint2(codes[0], codes[1]);
+        store_scale<block>(row_scales, tile, kTile * tile < from.K, stored);
     }
 }
 

@@ -23,15 +23,12 @@ __device__ __forceinline__ void prepare_fp8(const Source& from, uint4* codes, fl
     const int tiles = ceil_div(from.K, 128) * (128 / kTile);
     codes += static_cast<i64>(blockIdx.x) * tiles;
     for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) {
-        float x[kTile] = {};
-        if (kTile * tile < from.K) row_tile<true>(from, made, kTile * tile, divisor, x);
+        float x[kTile];
+        divided_tile(from, made, kTile * tile, divisor, !divisor.ordinary(), x);
         u32 words[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            words[i] = 0;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) words[i] |= e4m3_code(x[4 * i + j]) << 8 * j;
-        }
+        for (int i = 0; i < 4; ++i)
+            words[i] = e4m3_codes(x[4 * i], x[4 * i + 1]) | e4m3_codes(x[4 * i + 2], x[4 * i + 3]) << 16;
         codes[tile] = make_uint4(words[0], words[1], words[2], words[3]);
     }
 }

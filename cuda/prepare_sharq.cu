@@ -19,42 +19,106 @@
 // Reference: ReferenceOps.prepare_sharq, bit for bit.
 #include "prepare.cuh"
 
-// Where a row's arrays go.
-template <class Format>
-struct SharqOut {
-    uint2* residual;
-    void* backbone;
-    typename Format::Meta* meta;
-    typename Format::Scale *backbone_scale, *residual_scale;
+// What becomes of a tile.
+template <class Format, bool sparse>
+struct SplitTile {
+    u32 backbone[2];  // the first word alone where sparse
+    u32 meta, residual[2], backbone_scale, residual_scale;
 };
 
+// Backbone and residual of a tile in E2M1; x is rounded to bf16 here.
 template <class Format, bool sparse>
-__device__ __forceinline__ void split_tile(float (&x)[kTile], const SharqOut<Format>& out, int tile, bool valid,
-                                           bool stored) {
-    constexpr int backbone_block = sparse ? Format::kSparseBlock : Format::kBlock;
-    const auto backbone_scale = Format::template scale<backbone_block>(x);  // what is kept includes the largest
-    u32 words[2];
-    float value[kTile];
-    backbone_scale.encode(x, words, value);
+__device__ __forceinline__ SplitTile<Format, sparse> split(const float (&x)[kTile], const PairScores& scores) {
+    SplitTile<Format, sparse> out;
+    u32 words[8], sizes[4], order[2] = {0x3210, 0x3210};  // of the residual's pairs
+    pack_tile(x, words);
     if constexpr (sparse) {
-        const auto mask = Format::mask(x);
-        if (stored) static_cast<u32*>(out.backbone)[tile] = mask.compress(words);
-        if (stored) out.meta[tile] = static_cast<typename Format::Meta>(mask.metadata());
+        const PairMask mask(scores, words);
+        const auto scale = Format::template scale<Format::kSparseBlock>(scores.largest());
+        u32 kept[4];
+        float eight[8];
+        mask.gather(words, kept);
+        unpack_tile(kept, eight);
+        const E2m1Eight rounded(eight, scale.half_inverse);
+        rounded.sizes(sizes);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) kept[i] = scale.residual(kept[i], sizes[i]);
+        mask.scatter(kept, words);
+        out.backbone[0] = __byte_perm(rounded.codes(), 0, mask.kept_order);
+        out.meta = mask.metadata, order[0] = mask.order[0], order[1] = mask.order[1];
+        out.backbone_scale = scale.stored;
+    } else {
+        float all[kTile];
+        unpack_tile(words, all);
+        const auto scale = Format::template scale<Format::kBlock>(largest(all));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const E2m1Eight rounded(all + 8 * half, scale.half_inverse);
+            rounded.sizes(sizes);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) words[4 * half + i] = scale.residual(words[4 * half + i], sizes[i]);
+            out.backbone[half] = rounded.codes();
+        }
+        out.backbone_scale = scale.stored;
+    }
+    float left[kTile];
+    unpack_tile(words, left);
+    const auto scale = Format::template scale<Format::kBlock>(largest(left));
+    out.residual[0] = __byte_perm(E2m1Eight(left, scale.half_inverse).codes(), 0, order[0]);
+    out.residual[1] = __byte_perm(E2m1Eight(left + 8, scale.half_inverse).codes(), 0, order[1]);
+    out.residual_scale = scale.stored;
+    return out;
+}
+
+// The same in S1P2.
+template <class Format, bool sparse>
+__device__ __forceinline__ SplitTile<Format, sparse> split(const float (&unrounded)[kTile]) {
+    SplitTile<Format, sparse> out;
+    u32 words[8];
+    float x[kTile], value[kTile];
+    pack_tile(unrounded, words);
+    unpack_tile(words, x);
+    const auto scale = Format::scale(x);  // what is kept includes the largest
+    scale.encode(x, out.backbone, value);
+    out.backbone_scale = scale.stored;
+    if constexpr (sparse) {
+        const ElementMask mask(words);
+        out.backbone[0] = mask.compress(out.backbone), out.meta = mask.metadata();
         // One rounding, +0 where nothing is left; a product with −0 leaves what was dropped as it is, zeros too.
 #pragma unroll
-        for (int i = 0; i < kTile; ++i)
-            x[i] = __fmaf_rn(-value[i], mask.keeps(i) ? backbone_scale.unit(i) : -0.0f, x[i]);
+        for (int i = 0; i < kTile; ++i) x[i] = __fmaf_rn(-value[i], mask.keeps(i) ? scale.unit(i) : -0.0f, x[i]);
     } else {
-        if (stored) static_cast<uint2*>(out.backbone)[tile] = make_uint2(words[0], words[1]);
 #pragma unroll
-        for (int i = 0; i < kTile; ++i) x[i] = __fmaf_rn(-value[i], backbone_scale.unit(i), x[i]);
+        for (int i = 0; i < kTile; ++i) x[i] = __fmaf_rn(-value[i], scale.unit(i), x[i]);
     }
-    const auto residual_scale = Format::template scale<Format::kBlock>(x);
-    residual_scale.encode(x, words, value);
-    if (!stored) return;
-    out.residual[tile] = make_uint2(words[0], words[1]);
-    store_scale<backbone_block>(out.backbone_scale, tile, valid, backbone_scale.stored);
-    store_scale<Format::kBlock>(out.residual_scale, tile, valid, residual_scale.stored);
+    const auto residual_scale = Format::scale(x);
+    residual_scale.encode(x, out.residual, value);
+    out.residual_scale = residual_scale.stored;
+    return out;
+}
+
+template <class Format, bool sparse, class Source>
+__device__ __forceinline__ SplitTile<Format, sparse> prepare_tile(const Source& from, const uint4* made, int k,
+                                                                  const Divisor& divisor) {
+    float x[kTile];
+    if constexpr (!Format::kGlobalScale) {
+        row_tile(from, made, k, x);
+    } else {
+        divided_tile(from, made, k, divisor, !divisor.ordinary(), x);
+    }
+    if constexpr (!Format::kE2m1) {
+        return split<Format, sparse>(x);
+    } else {
+        PairScores scores(x);
+        if constexpr (Format::kGlobalScale && sparse) {
+            // Scores of that size may be compared with one another; elsewhere numbers of that size count as 0.
+            if (k < from.K && scores.may_keep_less_than(kLeastQuotient)) {
+                divided_tile(from, made, k, divisor, true, x);
+                scores = PairScores(x);
+            }
+        }
+        return split<Format, sparse>(x, scores);
+    }
 }
 
 template <class Format, bool sparse, class Source>
@@ -68,21 +132,25 @@ __device__ __forceinline__ void prepare_sharq(const Source& from, const float* t
 
     using Scale = typename Format::Scale;
     constexpr int backbone_block = sparse ? Format::kSparseBlock : Format::kBlock;
-    const i64 row = blockIdx.x;
     const int tiles = ceil_div(from.K, 128) * (128 / kTile);
-    const SharqOut<Format> out = {
-        static_cast<uint2*>(residual) + row * tiles,
-        static_cast<char*>(backbone) + row * tiles * (sparse ? 4 : 8),
-        static_cast<typename Format::Meta*>(meta) + row * tiles,
-        static_cast<Scale*>(backbone_scale) + row * (tiles * kTile / backbone_block),
-        static_cast<Scale*>(residual_scale) + row * (tiles * kTile / Format::kBlock),
-    };
+    const i64 first = static_cast<i64>(blockIdx.x) * tiles;  // of the row
+    auto* backbone_scales = static_cast<Scale*>(backbone_scale) + first * kTile / backbone_block;
+    auto* residual_scales = static_cast<Scale*>(residual_scale) + first * kTile / Format::kBlock;
     const Divisor divisor(scale);
     // Warps go through together: lanes whose tiles lie beyond the row take part in the shuffles.
     for (int tile = threadIdx.x; tile - lane_of_warp() < tiles; tile += blockDim.x) {
-        float x[kTile];
-        fp4_tile<Format>(from, made, kTile * tile, divisor, x);
-        split_tile<Format, sparse>(x, out, tile, kTile * tile < from.K, tile < tiles);
+        const auto made_of = prepare_tile<Format, sparse>(from, made, kTile * tile, divisor);
+        if (tile >= tiles) continue;
+        if constexpr (sparse) {
+            static_cast<u32*>(backbone)[first + tile] = made_of.backbone[0];
+            static_cast<typename Format::Meta*>(meta)[first + tile] = static_cast<typename Format::Meta>(made_of.meta);
+        } else {
+            static_cast<uint2*>(backbone)[first + tile] = make_uint2(made_of.backbone[0], made_of.backbone[1]);
+        }
+        static_cast<uint2*>(residual)[first + tile] = make_uint2(made_of.residual[0], made_of.residual[1]);
+        const bool valid = kTile * tile < from.K;
+        store_scale<backbone_block>(backbone_scales, tile, valid, made_of.backbone_scale);
+        store_scale<Format::kBlock>(residual_scales, tile, valid, made_of.residual_scale);
     }
 }
 

@@ -15,8 +15,7 @@ __device__ __forceinline__ void silu_mul(const T* gate_up, i64 gate_up_stride, T
     float v[8], up[8];
     load_eight(gate + f, F - f, is_aligned(gate), v);
     load_eight(gate + F + f, F - f, is_aligned(gate + F), up);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = silu_mul(v[i], up[i]);
+    silu_mul(v, up);
     store_eight(out + f, F - f, is_aligned(out), v);
 }
 

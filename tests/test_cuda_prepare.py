@@ -5,7 +5,9 @@ The fast build runs every format, mode, type and fused form; the checking build 
 
 from __future__ import annotations
 
+import subprocess
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from test_sharq import FORMATS, MODES, hard_rows
 from engine.errors import DeviceError
 from engine.fp4_types import BLOCKS
 from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule
+from engine.ops.gpu.host_build import compiler
 from engine.ops.reference import ReferenceOps
 
 try:
@@ -30,15 +33,16 @@ each_build = pytest.mark.parametrize("checked", [pytest.param(False, id="fast"),
 
 
 @lru_cache
-def module(source, checked=False):
-    return EmulatedModule.compile(source, checked=checked)
+def module(source, checked=False, arch="sm_90"):
+    return EmulatedModule.compile(source, checked=checked, arch=arch)
 
 
 class Rows:
     """What to prepare, and how a launch takes it."""
 
-    def __init__(self, x, norm=None, silu=False, threads=64, checked=False, **launch):
-        self.x, self.norm, self.silu, self.checked, self.launch = x, norm, silu, checked, launch
+    def __init__(self, x, norm=None, silu=False, threads=64, checked=False, arch="sm_90", **launch):
+        self.x, self.norm, self.silu, self.launch = x, norm, silu, launch
+        self.build = {"checked": checked, "arch": arch}
         self.T, self.K = x.shape[0], x.shape[1] // (2 if silu else 1)
         self.P = -(-self.K // 128) * 128
         self.block = (threads, 1, 1)
@@ -52,7 +56,7 @@ class Rows:
 
     def run(self, source, name, args):
         name = f"{name}_{NAMES[self.x.dtype]}"
-        kernels = module(source, self.checked)
+        kernels = module(source, **self.build)
         kernels.launch(name, (self.T, 1, 1), self.block, self.shared, [*self.args(), *args], **self.launch)
 
     def tensor_amax(self):
@@ -186,6 +190,44 @@ def test_every_bf16_number_of_a_block_under_every_mantissa_of_its_scale():
         assert_sharq(Rows(x.astype(BF16), threads=128), "nvfp4", sparse)
 
 
+def test_the_quotient_of_every_bf16_mantissa_by_every_mantissa_of_g(tmp_path):
+    program = tmp_path / "divisor"
+    source = Path(__file__).with_name("divisor.cpp")
+    flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=off"]
+    subprocess.run([*compiler(), *flags, str(source), "-o", str(program)], check=True)
+    assert subprocess.run([program], capture_output=True, text=True, check=True).stdout == "0\n"
+
+
+@each_mode
+def test_tiny_and_huge_numbers_beside_zeros(format, sparse):
+    """Chunks where scores below 2^-100 of g, and zeros, compete; rows whose g is 2^64 and more."""
+    r = np.random.default_rng(7)
+    tiny = all_patterns(r, (16, 320), BF16)
+    tiny[~np.isfinite(tiny.astype(F32))] = 1
+    tiny *= np.array(1e-38, BF16) / np.maximum(1, np.abs(tiny)).astype(BF16)
+    x = np.where(r.random((16, 320)) < 0.5, tiny, 0).astype(BF16)
+    x[:, ::64] = r.standard_normal((16, 5)).astype(BF16)
+    x[8:] *= np.array(2.0**100, BF16)
+    huge = (r.standard_normal((4, 320)) * 2.0**121).astype(BF16)
+    for rows in (x, huge):
+        assert_sharq(Rows(rows), format, sparse)
+        assert_fp4(Rows(rows), format)
+    assert_fp8(Rows(x))
+    assert_fp8(Rows(huge))
+
+
+@each_mode
+def test_fused_forms_before_e4m3_conversions(format, sparse):
+    """sm_80 has none: scales and codes are found otherwise."""
+    K = 1088
+    x, gate_up = activations(K, 4, K, BF16), activations(K + 1, 4, 2 * K, BF16)
+    assert_sharq(Rows(finite_rows(64, BF16), arch="sm_80"), format, sparse)
+    assert_sharq(Rows(x, norm=norm_of(K), arch="sm_80"), format, sparse)
+    assert_sharq(Rows(gate_up, silu=True, arch="sm_80"), format, sparse)
+    assert_fp4(Rows(x, arch="sm_80"), format)
+    assert_fp8(Rows(x, arch="sm_80"))
+
+
 @each_mode
 @each_dtype
 def test_fused_forms(format, sparse, dtype):
@@ -227,8 +269,11 @@ def test_padding_and_sizes(K):
 
 
 def test_the_largest_k():
-    x = activations(1, 1, 32768, BF16)
-    assert_sharq(Rows(x, norm=norm_of(32768), threads=512), "nvfp4", True)
+    x, gate_up = activations(1, 1, 32768, BF16), activations(1, 1, 65536, BF16)
+    for rows in ({"x": x, "norm": norm_of(32768)}, {"x": gate_up, "silu": True}, {"x": x}):
+        assert_sharq(Rows(threads=512, **rows), "nvfp4", True)
+        assert_fp4(Rows(threads=512, **rows), "hif4")
+        assert_fp8(Rows(threads=512, **rows))
 
 
 @each_build

@@ -1,8 +1,10 @@
 // The table of instructions: mnemonic, operands, architectures, model (Entry in ptx_program.h explains signatures). The
 // comment over each group names its section of the PTX ISA and how sure the model is; ptx.h sums that up.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
+#include "ptx_bits.h"
 #include "ptx_convert.h"
 #include "ptx_fp4.h"
 #include "ptx_mma.h"
@@ -131,6 +133,10 @@ void nothing(Frame&) {}
 
 // --- Small instructions that wrappers need beside the main one -------------------------------------------------------
 
+void reciprocal(Frame& frame) {
+    const auto flushed = [](float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; };
+    frame.set(0, bits_of(flushed(1.0f / flushed(frame.real(1)))));
+}
 void set_not_equal(Frame& frame) { frame.set(0, frame.word(1) != frame.word(2)); }
 void select(Frame& frame) { frame.set(0, frame.get(3) ? frame.word(1) : frame.word(2)); }
 void pack_bytes(Frame& frame) {
@@ -544,6 +550,8 @@ const std::vector<Entry>& instruction_table() {
         {"cvt.rn.satfinite.e2m1x2.f32", "=b f f", pair_of<e2m1_of, 4>, nullptr, 1000, any, false},
         {"cvt.rn.f16x2.e2m1x2", "=r b", f16_pair<f16_of_e2m1, 4>, nullptr, 1000, any, false},
         {"cvt.rp.satfinite.ue8m0x2.f32", "=h f f", pair_of<ue8m0_of, 8>, nullptr, 1000, any, false},
+        // "rcp": correctly rounded here; a GPU's may be a unit in the last place off.
+        {"rcp.approx.ftz.f32", "=f f", reciprocal, nullptr, 0, any, false},
         // "mma": fragments sure, rounding from third-party probes (ptx_mma.h); s8 exact.
         {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "=f4 r4 r2 f4", nullptr, mma_m16n8k16<Element::bf16>,
          800, any, false},
