@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ import engine.worker
 from engine import LLM, SamplingParams
 from engine.errors import DeviceError
 from engine.ops.gpu.emulator import EmulatedModule
+from engine.ops.gpu.launch_linear import Output
+from engine.ops.gpu.prefill_products import PrefillProducts
 
 Rows = dict[tuple[tuple[int, ...], int], bytes]  # (prompt, answer position) -> the logits row sampled from
 
@@ -146,6 +150,60 @@ def test_batch_mates_never_matter_on_a_gpu(tmp_path: Path, rows: Rows, emulator:
     alone = _run(path, prompts, together=False, **options)
     assert _run(path, prompts, together=True, **options) == alone
     assert _run(path, prompts[::-1], together=True, **options)[::-1] == alone
+
+
+@pytest.fixture
+def visible_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of prefill rows get a bias: rounded to bf16, the two orders of sums give these small models' decode rows
+    and prefill rows the same values nearly always, and a row of the wrong kind would not show."""
+
+    def biased(original: Any) -> Any:
+        def launches(own: Any, x: Any, weight: Any, output: Output) -> Any:
+            bias = np.zeros(output.out.shape[1], np.float32) if output.bias is None else output.bias
+            return original(own, x, weight, replace(output, bias=bias + np.float32(0.02)))
+
+        return launches
+
+    for name in ("linear", "fp4_linear"):
+        monkeypatch.setattr(PrefillProducts, name, biased(getattr(PrefillProducts, name)))
+
+
+@pytest.mark.usefixtures("visible_kinds")
+@pytest.mark.parametrize(("device", "quant"), [("emulate", "bf16"), ("emulate:sm_90a", "sharq")])
+def test_what_happens_to_a_prompt_never_matters_on_a_gpu(
+    tmp_path: Path, rows: Rows, emulator: str, monkeypatch: pytest.MonkeyPatch, device: str, quant: str
+) -> None:
+    """Long ones, whose rows prefill, and short ones: beside each other and beside answers, in chunks of any size, from
+    the cache that the others fill, and run anew after a preemption."""
+    path, rng = write_model("mistral_window", tmp_path), np.random.default_rng(5)
+    text, tail = rng.integers(0, 256, 78).tolist(), rng.integers(0, 256, 32).tolist()
+    prompts = [text, text[:66] + tail[:12], text[:46] + tail, text[:64], text[:20] + tail[:3]]  # two are short
+    options = {"device": device, "answer": 5, "quant": quant, "dtype": "bfloat16"}
+    alone = _run(path, prompts, together=False, enable_prefix_caching=False, **options)
+    for budget, caching in ((512, False), (100, True), (23, False)):
+        got = _run(
+            path, prompts, together=True, max_num_batched_tokens=budget, enable_prefix_caching=caching, **options
+        )
+        assert got == alone, f"{budget} tokens a step"
+    assert _run(path, prompts[::-1], together=True, **options)[::-1] == alone
+    cut = {"max_num_batched_tokens": 77}  # the last chunk has one token
+    assert _run(path, prompts, together=False, **options, **cut) == alone, "one after the other, from the cache"
+
+    preempted = []
+    original = engine.worker.Scheduler.schedule
+
+    def schedule(self):  # type: ignore[no-untyped-def]
+        step = original(self)
+        preempted.extend(seq for seq in (step.preempted if step else ()) if seq.num_output and seq.num_prefill)
+        return step
+
+    monkeypatch.setattr(engine.worker.Scheduler, "schedule", schedule)
+    with LLM(path, device=device, dtype="bfloat16") as llm:
+        block_bytes = llm._plan.nbytes // llm._plan.num_blocks
+    for caching in (False, True):  # three long prompts fit, but not the sixth block of each
+        crowded = {"max_model_len": 96, "kv_cache_bytes": 17 * block_bytes, "enable_prefix_caching": caching}
+        assert _run(path, prompts, together=True, **options, **crowded) == alone
+    assert preempted, "the pool was meant to be too small for all"
 
 
 @pytest.mark.parametrize("quant, kv", [("bf16", "auto"), ("sharq", "auto"), ("bf16", "fp8")])

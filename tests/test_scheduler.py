@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -23,7 +23,7 @@ from engine.core import Batch, SamplingParams
 from engine.errors import CapacityError, InvalidArgument, RequestError
 from engine.scheduler import Scheduler, fit_model_len
 from engine.sequence import Sequence, SequenceStatus
-from engine.step import ScheduledStep
+from engine.step import Chunk, ScheduledStep, build_step
 
 NUM_TOKENS = 3  # a small vocabulary: prompts and answers often share prefixes
 STOP = 2
@@ -394,6 +394,34 @@ def test_a_request_for_logits_alone_may_fill_the_context_and_gets_no_token() -> 
 
 
 # ---- rows that prefill
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(1, 9), st.booleans()), min_size=1, max_size=6)
+)
+def test_rows_of_a_step(cases: list[tuple[int, int, int, bool]]) -> None:
+    """Decode rows before prefill rows, both in the chunks' order, and each row its chunk's own."""
+    chunks = []
+    for i, (num_prompt, start, count, long) in enumerate(cases):
+        seq = Sequence(i, 0, list(range(100 * i, 100 * i + num_prompt)), SamplingParams())
+        seq.tokens += range(100 * i + num_prompt, 100 * i + 30)
+        seq.num_prefill = num_prompt if long else 0
+        end = start + count if start >= seq.num_prefill else min(start + count, num_prompt)
+        seq.block_table.extend(range(8 * i, 8 * i + 8))
+        chunks.append(Chunk(seq, start, end))
+    step = build_step(chunks, [], block_size=4)
+    prefills = [chunk.start < chunk.sequence.num_prefill for chunk in chunks]
+    in_order = [c for c, p in zip(chunks, prefills, strict=True) if not p]
+    assert step.batch.num_decode_rows == sum(end - start for _, start, end in in_order)
+    in_order += [c for c, p in zip(chunks, prefills, strict=True) if p]
+    assert step.chunks == tuple(in_order)
+    rows = [(seq, position) for seq, start, end in in_order for position in range(start, end)]
+    assert step.batch.token_ids.tolist() == [seq.tokens[position] for seq, position in rows]
+    assert step.batch.slot_mapping.tolist() == [32 * seq.request_id + position for seq, position in rows]
+    assert [(owner, position) for owner, position, _ in step.logit_rows] == [
+        (seq, position) for seq, position in rows if position >= seq.next_logit
+    ]
 
 
 def kinds(step: ScheduledStep) -> list[tuple[int, int, bool]]:
