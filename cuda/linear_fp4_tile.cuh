@@ -34,8 +34,9 @@ struct Fp4Tile {
 
     template <int>
     __device__ __forceinline__ void copy(u32, int, int) const {}
+    static constexpr bool kScaled = false;
     __device__ __forceinline__ int flush_k(int slice_k) const { return slice_k; }
-    __device__ __forceinline__ float add(float total, float sum, int, int) const { return __fadd_rn(total, sum); }
+    __device__ __forceinline__ float scale(int, int) const { return 1.0f; }
 
     // A warp's units of 16 rows: this 128 k and, on their way, the next.
     struct Dequantiser {

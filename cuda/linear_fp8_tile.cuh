@@ -17,15 +17,15 @@ struct Fp8Tile {
     static constexpr bool kCopied = false;
     static constexpr int kUnitBytes = 2 * kHalfTileBytes;
     const u8* units;
-    const float* scale;
+    const float* scales;
     int steps, N, units_along_k;
 
     template <int>
     __device__ __forceinline__ void copy(u32, int, int) const {}
     __device__ __forceinline__ int flush_k(int slice_k) const { return steps > 1 ? kFp8ScaleK : slice_k; }
-    __device__ __forceinline__ float add(float total, float sum, int n, int k) const {
-        if (steps == 1) return __fadd_rn(total, sum);
-        return __fmaf_rn(sum, __ldg(scale + static_cast<i64>(k / kFp8ScaleK) * N + min(n, N - 1)), total);
+    static constexpr bool kScaled = true;
+    __device__ __forceinline__ float scale(int n, int k) const {
+        return steps == 1 ? 1.0f : __ldg(scales + static_cast<i64>(k / kFp8ScaleK) * N + min(n, N - 1));
     }
 
     struct Dequantiser {

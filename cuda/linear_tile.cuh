@@ -98,6 +98,12 @@ __device__ __forceinline__ void multiply_add_sparse<f16>(float (&c)[4], const u3
     else ptx::mma_sp_m16n8k32_f16<1>(c, a, b, metadata);
 }
 
+// The scale of a lane's n-th row of 32, 8 (n / 2) + 2 q + n % 2, from the lane that holds it.
+template <bool scaled>
+__device__ __forceinline__ float slice_scale(float scale_of_lane, int n) {
+    return scaled ? __shfl_sync(kAllLanes, scale_of_lane, 8 * (n / 2) + 2 * (lane_of_warp() & 3) + n % 2) : 1.0f;
+}
+
 // Sums of a warp: 4 tiles of 16 tokens by 4 of 8 rows n.
 using TileSums = float[4][4][4];
 
@@ -105,8 +111,8 @@ using TileSums = float[4][4][4];
 //     kCopied                    its 16-bit elements come by cp.async: copy<threads>(shared, first_n, k)
 //     else Dequantiser           what a thread holds: Dequantiser(weight, first_n), and fill(to, step), called for each
 //                                step in order, which puts 128 n × 64 k there
-//     flush_k(slice_k)           how many k the tensor core may sum
-//     add(total, sum, n, k)      total + a sum of row n that ends with the 64 k from k on, times the scale it shares
+//     flush_k(slice_k)           how many k the tensor core may sum: a power of two
+//     kScaled, scale(n, k)       whether such a sum, of row n and ending with the 64 k from k on, has a scale, and which
 template <class T, Paths paths, int kWarpsM, class WeightTile>
 __device__ __forceinline__ void tile_linear(const WeightTile& weight, const TileInput& input, const Epilogue& epilogue,
                                             int slice_k) {
@@ -191,12 +197,16 @@ __device__ __forceinline__ void tile_linear(const WeightTile& weight, const Tile
         const u32 buffer = dequantised_address + step % 2 * kTileWeightBytes;
         multiply(stage, WeightTile::kCopied ? stage + kInputBytes : buffer, step, sums);
         if ((step + 1) % flush_steps == 0 || step + 1 == steps) {
+            const float scale = WeightTile::kScaled ? weight.scale(first_n + kWarpN * warp_n + lane, step * kTileK) : 1;
 #pragma unroll
-            for (int e = 0; e < 64; ++e) {
-                const int n = first_n + kWarpN * warp_n + 8 * (e / 4 % 4) + 2 * (lane & 3) + (e & 1);
-                float &total = totals[e / 16][e / 4 % 4][e % 4], &sum = sums[e / 16][e / 4 % 4][e % 4];
-                total = weight.add(total, sum, n, step * kTileK);
-                sum = 0.0f;
+            for (int n = 0; n < 8; ++n) {  // of the lane
+                const float of_n = slice_scale<WeightTile::kScaled>(scale, n);
+#pragma unroll
+                for (int m = 0; m < 8; ++m) {
+                    float &total = totals[m / 2][n / 2][m % 2 * 2 + n % 2], &sum = sums[m / 2][n / 2][m % 2 * 2 + n % 2];
+                    total = __fmaf_rn(sum, of_n, total);
+                    sum = 0.0f;
+                }
             }
         }
     }
@@ -235,6 +245,7 @@ struct RowMajorTile {
     __device__ __forceinline__ void copy(u32 shared, int first_n, int k) const {
         copy_tile<kRows, kThreads, false>(shared, w, K, first_n, N, k, K);
     }
+    static constexpr bool kScaled = false;
     __device__ __forceinline__ int flush_k(int slice_k) const { return slice_k; }
-    __device__ __forceinline__ float add(float total, float sum, int, int) const { return __fadd_rn(total, sum); }
+    __device__ __forceinline__ float scale(int, int) const { return 1.0f; }
 };

@@ -60,7 +60,7 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
     const u32 shared_address = ptx::shared_address(shared), dequantised_address = ptx::shared_address(dequantised);
     const int lane = lane_of_warp(), group = threadIdx.x / 128;
     const int first_token = blockIdx.x * kWgmmaTokens, first_n = blockIdx.y * kN;
-    const int steps = ceil_div(input.K, kTileK), slice_steps = weight.flush_k(slice_k) / kTileK;
+    const int steps = ceil_div(input.K, kTileK);
     const auto row_of = [&](int e) { return 8 * (e / 4) + 2 * (lane & 3) + (e & 1); };  // n of a sum, within the tile
 
     const auto copy = [&](int step) {
@@ -89,19 +89,32 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
 #pragma unroll
     for (int e = 0; e < (kSlices ? kN / 2 : 1); ++e) totals[e] = 0.0f;
 
-    // `next`: step + 1's metadata, in the register that step − 1 used, whose products have been waited for.
-    const auto advance = [&](int step, u32 metadata, u32& next) {
+    const auto add_slice = [&](int step) {  // to the totals: the sums that end with this step
+#pragma unroll
+        for (int group_of_32 = 0; group_of_32 < (kSlices ? kN / 32 : 0); ++group_of_32) {
+            const int first = first_n + 32 * group_of_32;
+            const float scale = WeightTile::kScaled ? weight.scale(first + lane, step * kTileK) : 1;
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {  // of the lane
+                const float of_n = slice_scale<WeightTile::kScaled>(scale, n);
+                const int e = 16 * group_of_32 + n / 2 * 4 + n % 2;
+                totals[e] = __fmaf_rn(sums[e], of_n, totals[e]);
+                totals[e + 2] = __fmaf_rn(sums[e + 2], of_n, totals[e + 2]);
+            }
+        }
+    };
+    // adds: to the step before. next: step + 1's metadata, which takes the register of step − 1's, whose products have
+    // been waited for: ptxas serialises wgmma where a register is written that one may still read.
+    const auto advance = [&](int step, bool adds, u32 metadata, u32& next) {
         ptx::cp_async_wait<kWgmmaStages - 3>();
         ptx::fence_async_proxy();
         __syncthreads();
         const u32 stage = shared_address + step % kWgmmaStages * kStageBytes;
         const u32 weights = WeightTile::kCopied ? stage + kInputBytes : dequantised_address + step % 3 * kWeightBytes;
-        const bool starts_slice = kSlices && (step & (slice_steps - 1)) == 0;
         ptx::wgmma_fence();
         if constexpr (kSparse) {
             const u32 x = stage + group * (kFirstBytes / 2);
-            ptx::wgmma_sp_m64n128k32_bf16<0>(sums, half_tile_descriptor(x), tile_descriptor(weights), metadata,
-                                             !starts_slice);
+            ptx::wgmma_sp_m64n128k32_bf16<0>(sums, half_tile_descriptor(x), tile_descriptor(weights), metadata, adds);
             ptx::wgmma_sp_m64n128k32_bf16<1>(sums, half_tile_descriptor(x + 32), tile_descriptor(weights + 64), metadata,
                                              true);
         }
@@ -111,28 +124,27 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
             for (int k = 0; k < kTileK / 16; ++k) {
                 const u32 x = stage + path * kFirstBytes + group * (kPathBytes / 2);
                 warpgroup_product(sums, tile_descriptor(x + 32 * k), tile_descriptor(weights + 32 * k),
-                                  path + k > 0 || !starts_slice);
+                                  path + k > 0 || adds);
             }
         ptx::wgmma_commit();
         copy(step + kWgmmaStages - 2);
         if (!WeightTile::kCopied && step + 1 < steps)
             dequantiser.fill(dequantised + (step + 1) % 3 * kWeightBytes, step + 1);
-        if (kSlices && (step + 1 & (slice_steps - 1)) == 0 && step + 1 < steps) {
-            ptx::wgmma_wait<0>();
-#pragma unroll
-            for (int e = 0; e < (kSlices ? kN / 2 : 1); ++e)
-                totals[e] = weight.add(totals[e], sums[e], first_n + row_of(e), step * kTileK);
-        } else {
-            ptx::wgmma_wait<1>();
-        }
+        ptx::wgmma_wait<1>();
         if (kSparse) next = metadata_of(step + 1);
     };
+    constexpr int kTurn = kSparse ? 2 : 1;  // steps: K of sparse activations is padded to 128
     u32 even = kSparse ? metadata_of(0) : 0, odd = 0;
-    for (int step = 0; step < steps; step += kSparse ? 2 : 1) {
-        advance(step, even, odd);
-        if (kSparse) advance(step + 1, odd, even);
+    for (int begin = 0, end; begin < steps; begin = end) {
+        end = kSlices ? min(begin + weight.flush_k(slice_k) / kTileK, steps) : steps;
+        for (int turn = begin / kTurn; turn < end / kTurn; ++turn) {
+            const int step = turn * kTurn;
+            advance(step, step > begin, even, odd);
+            if (kSparse) advance(step + 1, true, odd, even);
+        }
+        ptx::wgmma_wait<0>();
+        add_slice(end - 1);
     }
-    ptx::wgmma_wait<0>();
     ptx::cp_async_wait_all();
     __syncthreads();
 
@@ -141,8 +153,7 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
 #pragma unroll
     for (int e = 0; e < kN / 2; ++e) {
         const int token = 16 * warp_of_block() + (lane >> 2) + 8 * (e >> 1 & 1), n = row_of(e);
-        results[token * kStride + n] =
-            kSlices ? weight.add(totals[kSlices ? e : 0], sums[e], first_n + n, (steps - 1) * kTileK) : sums[e];
+        results[token * kStride + n] = kSlices ? totals[kSlices ? e : 0] : sums[e];
     }
     __syncthreads();
     const int tokens = min(kWgmmaTokens, input.M - first_token), rows = min(kN, epilogue.N - first_n);

@@ -46,7 +46,6 @@ SPILLS: dict[str, int] = {
 SPILLING_FAMILIES = {
     r"linear_decode_\w+_t[124]": 192,
     r"linear_tile_\w+_m[12]": 160,
-    r"linear_wgmma_fp8_n128": 32,
     r"attention_f32": 16,
 }
 KERNEL = re.compile(
@@ -98,7 +97,7 @@ def report(source: Path, arch: str) -> str:
 @pytest.mark.parametrize("source", sorted(CUDA.glob("*.cu")), ids=lambda path: path.stem)
 def test_compiles_without_spills(source: Path, arch: str) -> None:
     text = report(source, arch)
-    assert "warning" not in text, text
+    assert "warning" not in text and "serialized" not in text, text  # the latter: wgmma waited for one by one
     kernels = list(KERNEL.finditer(text))
     only = {"sm120": "sm_120a", "wgmma": "sm_90a"}.get(source.stem.rpartition("_")[2], arch)
     exists = arch == only
