@@ -44,8 +44,8 @@ struct Fp4Tile {
             uint4 low, high;
             u32 low_scale[kWords], high_scale[kWords];
         };
-        // Lanes of odd rows store the second of two words first, so that eight lanes, which hold two rows and store at once,
-        // meet all banks.
+        // Lanes of odd rows store the second of two words first, so that eight lanes, which hold two rows and store at
+        // once, meet all banks.
         const int odd;
         const u32 place;  // of the piece stored first
         const u8* from[kUnits];

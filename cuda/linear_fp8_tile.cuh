@@ -64,8 +64,8 @@ struct Fp8Tile {
         }
 
     private:
-        // Word r is k = 16 r + 4 q …: half a piece of 16 bytes. Odd rows store words 2, 3, 0, 1, so that sixteen lanes, which
-        // hold four rows and store at once, meet all banks.
+        // Word r is k = 16 r + 4 q …: half a piece of 16 bytes. Odd rows store words 2, 3, 0, 1, so that sixteen lanes,
+        // which hold four rows and store at once, meet all banks.
         static __device__ __forceinline__ void store(u8* to, int row, uint4 codes) {
             const int q = lane_of_warp() & 3, odd = lane_of_warp() >> 2 & 1;
             const u32 words[4] = {odd ? codes.z : codes.x, odd ? codes.w : codes.y, odd ? codes.x : codes.z,

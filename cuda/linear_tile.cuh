@@ -9,8 +9,8 @@
 // 1.
 //
 // In shared memory a row of 64 k is 128 bytes whose 16-byte pieces are XORed with row % 8, so that ldmatrix meets no
-// bank conflicts; rows of sparse activations are 64 bytes, pieces XORed with row / 2 % 4. These are the 128- and 64-byte
-// swizzles of wgmma's descriptors as well.
+// bank conflicts; rows of sparse activations are 64 bytes, pieces XORed with row / 2 % 4. These are wgmma's swizzles by
+// 128 and 64 bytes as well.
 //
 // Sparse: 2:4 needs one candidate of each of a chunk's four pairs in a group of four k, so k is (0, 2, 4, 6, 1, 3, 5,
 // 7) within eight, in both operands and the other path (nvfp4, mxfp4); HiF4's mask is 2:4 as it is. The metadata word
@@ -75,8 +75,8 @@ struct TileInput {
         constexpr int kHalf = kSparse ? 2 : 1;
         copy_tile<kTokens, kThreads, kSparse>(shared, first, stride / kHalf, first_token, M, k / kHalf, K / kHalf);
         if (kTwo)
-            copy_tile<kTokens, kThreads, false>(shared + kTokens * kTileRowBytes / kHalf, second, stride, first_token, M,
-                                                k, K);
+            copy_tile<kTokens, kThreads, false>(shared + kTokens * kTileRowBytes / kHalf, second, stride, first_token,
+                                                M, k, K);
     }
 };
 
@@ -112,7 +112,7 @@ using TileSums = float[4][4][4];
 //     else Dequantiser           what a thread holds: Dequantiser(weight, first_n), and fill(to, step), called for each
 //                                step in order, which puts 128 n × 64 k there
 //     flush_k(slice_k)           how many k the tensor core may sum: a power of two
-//     kScaled, scale(n, k)       whether such a sum, of row n and ending with the 64 k from k on, has a scale, and which
+//     kScaled, scale(n, k)       whether such a sum, of row n and ending with the 64 k from k on, has a scale; which
 template <class T, Paths paths, int kWarpsM, class WeightTile>
 __device__ __forceinline__ void tile_linear(const WeightTile& weight, const TileInput& input, const Epilogue& epilogue,
                                             int slice_k) {
@@ -203,7 +203,8 @@ __device__ __forceinline__ void tile_linear(const WeightTile& weight, const Tile
                 const float of_n = slice_scale<WeightTile::kScaled>(scale, n);
 #pragma unroll
                 for (int m = 0; m < 8; ++m) {
-                    float &total = totals[m / 2][n / 2][m % 2 * 2 + n % 2], &sum = sums[m / 2][n / 2][m % 2 * 2 + n % 2];
+                    const int e = m % 2 * 2 + n % 2;
+                    float &total = totals[m / 2][n / 2][e], &sum = sums[m / 2][n / 2][e];
                     total = __fmaf_rn(sum, of_n, total);
                     sum = 0.0f;
                 }

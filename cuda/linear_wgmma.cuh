@@ -1,28 +1,43 @@
 // Matrix products for many tokens on Hopper's wgmma: out = x · weightᵀ in tiles of 128 tokens × 256 or 128 rows n.
 //
-//   Y[t, n] = Σ_paths Σ_k X[t, k] W[n, k]     wgmma m64nNk16, bf16: activations A, weights B, both from shared memory
+//   Y[t, n] = Σ_paths Σ_k X[t, k] W[n, k]     bf16: activations A, weights B, both from shared memory; m64nNk16, and
+//                                             m64n128k32 for a path that is 2:4 sparse
 //
 // A block is two warpgroups, each with 64 tokens and all n of the tile; all threads copy and dequantise. Activations
 // and 16-bit weights come by cp.async through kWgmmaStages stages of 64 k, packed weights as in linear_fp4_tile.cuh
-// into three buffers in turn. In shared memory a row of 64 k is 128 bytes, its 16-byte pieces XORed with row % 8: the
-// 128-byte swizzle of wgmma's descriptors and what tile_place does.
+// into three buffers in turn. In shared memory a row of 64 k is 128 bytes (sparse: 64), its 16-byte pieces placed by
+// tile_place (half_tile_place): the 128-byte (64-byte) swizzle of wgmma's descriptors. Sparse operands are those of
+// linear_tile.cuh; a thread holds its metadata word of 64 k in a register.
 //
 // A step: its operands have come (cp.async wait, proxy fence, barrier); its products are issued; while they run, copies
 // of step s + 2 start and step s + 1's weights are dequantised; then the products of step s − 1 are waited for. So the
 // tensor core always has the next step's products waiting, and what step s overwrites was last read by step s − 2,
-// which every thread saw finished before the barrier.
+// which every thread saw finished before the barrier. Slices end with a wait for all products.
 //
 // Order of sums: the tensor core's over all K where the tile has 256 n (128 accumulators a thread leave no room), as in
-// any bf16 GEMM; over slice_k with 128 n, slices added in fp32. It depends on K and the entry point alone. By the
-// emulator's model of the tensor core, which truncates, K = 14336 of normal numbers costs 2.4e-5 of max |Y| the first
-// way, 3e-6 the second.
+// any bf16 GEMM; over slice_k with 128 n, of each 64 k the first path before the second, slices added in fp32. It
+// depends on K and the entry point alone. By the emulator's model of the tensor core, which truncates, K = 14336 of
+// normal numbers costs 2.4e-5 of max |Y| the first way, 3e-6 the second.
 //
-// Grid: x token blocks, y row blocks. Shared memory (launch_linear.py: plan_wgmma): stages · (16 KB a path + 128 bytes
-// a row n of 16-bit weights), or 3 · 128 bytes a row n dequantised; results pass through the same memory.
-// M, N, K any; K of FP4 activations padded to 128, else a multiple of 8.
-// Limits: a step of 128 × 256 × 64 is 1024 clocks of an SM; each warp issues 24 cp.async meanwhile, or about 250
-// instructions to dequantise. What hardware must show: that two warpgroups without a producer warp reach .9 of cuBLAS,
-// and that nothing here makes ptxas serialise wgmma (it warns).
+// Grid: x token blocks, y row blocks. Shared memory (launch_linear.py: plan_wgmma): stages · (16 KB a path, 8 KB a
+// sparse one, and 128 bytes a row n of 16-bit weights), or 3 · 128 bytes a row n dequantised; results pass through the
+// same memory. M, N, K any; K of FP4 activations padded to 128, else a multiple of 8.
+//
+// Limits, ESTIMATED and not measured. Clocks of an SM for a step, by what may bound it: tensor cores, 2048 products a
+// clock, sparse ones twice that; shared memory, 128 bytes a clock, of which wgmma takes 2 KB for A and all of B for
+// each warpgroup and product; instructions issued, those of sm_90a's machine code by two warps for each scheduler.
+//
+//                                 tensor cores   shared memory   issue     cuBLAS at its peak
+//     bf16, 256 n                     1024            1024         280           1024
+//     w4a16, 256 n                    1024            1024         910           1024
+//     two paths, 128 n                1024            1152         700            512
+//     sparse and dense, 128 n          768            1024         650            512
+//
+// cuBLAS reaches about .8 of the peak on an H200. So w4a16 meets .9 of it at 1430 clocks a step, SharQ .5 at 1280: both
+// possible, if latencies cost less than 400 and 250. SharQ's ceiling is shared memory's: .5 of the peak and not the .67
+// of its products, since a sparse wgmma alone takes 128 bytes a clock; 192 n in a tile would make it .57 but need 192
+// accumulators a thread, so a warpgroup of its own for dequantising. What else hardware must show: the metadata's order
+// (CUTLASS's, not measured). ptxas must not serialise wgmma (it says so, test_cuda_compile.py looks).
 #pragma once
 
 #include "linear_tile.cuh"
@@ -77,7 +92,7 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
     typename WeightTile::Dequantiser dequantiser(weight, first_n);
     if (!WeightTile::kCopied) dequantiser.fill(dequantised, 0);
 
-    // This lane's metadata of a step and its warp's 16 tokens; those there are not repeat the last, their rows are zeros.
+    // This lane's metadata of a step and its warp's 16 tokens; where there are none the last's, for rows of zeros.
     const int metadata_tile = min(first_token / 16 + warp_of_block(), ceil_div(input.M, 16) - 1);
     const auto metadata_of = [&](int step) {
         return __ldg(input.metadata + (static_cast<i64>(metadata_tile) * steps + min(step, steps - 1)) * 32 + lane);
@@ -115,8 +130,8 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
         if constexpr (kSparse) {
             const u32 x = stage + group * (kFirstBytes / 2);
             ptx::wgmma_sp_m64n128k32_bf16<0>(sums, half_tile_descriptor(x), tile_descriptor(weights), metadata, adds);
-            ptx::wgmma_sp_m64n128k32_bf16<1>(sums, half_tile_descriptor(x + 32), tile_descriptor(weights + 64), metadata,
-                                             true);
+            ptx::wgmma_sp_m64n128k32_bf16<1>(sums, half_tile_descriptor(x + 32), tile_descriptor(weights + 64),
+                                             metadata, true);
         }
 #pragma unroll
         for (int path = kSparse ? 1 : 0; path < (kTwo ? 2 : 1); ++path)

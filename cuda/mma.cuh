@@ -562,8 +562,8 @@ __device__ __forceinline__ void wgmma_m64n128k16_bf16(float (&c)[64], const uint
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(transpose_b)
         : "memory");
 }
-// Sparse: A 64 × 32, two of every four k kept, 64 × 16 as stored; B 32 × 128; both K-major. A warp's metadata and selector
-// are those of mma_sp_m16n8k32 for its 16 rows.
+// Sparse: A 64 × 32, two of every four k kept, 64 × 16 as stored; B 32 × 128; both K-major. A warp's metadata and
+// selector are those of mma_sp_m16n8k32 for its 16 rows (CUTLASS's ELayout_64x32; not seen on hardware).
 template <int selector>
 __device__ __forceinline__ void wgmma_sp_m64n128k32_bf16(float (&c)[64], uint64_t a, uint64_t b, uint32_t metadata,
                                                          bool add) {

@@ -17,12 +17,13 @@
 // wgmma (checker_wgmma.cpp) reads shared memory at any time between its issue and the wait_group of its warp that
 // retires its group; from then on the read is an ordinary one of all the warp's lanes, which another warp's write must
 // know, by a barrier. It reads on behalf of its warp's first lane. What a thread wrote, or cp.async for it, needs a
-// fence.proxy.async before a wgmma reads it: one that follows the write in the writer, or in the reading lane, or in any
-// thread with a __syncthreads on both sides.
+// fence.proxy.async before a wgmma reads it: one that follows the write in the writer, or in the reading lane, or in
+// any thread with a __syncthreads on both sides.
+//
 // Accumulators are known by their variables' addresses: from issue to wait nobody may touch them, and after a touch
-// comes a wgmma.fence before the next wgmma on them. Not seen: A's fragments
-// in registers; a first wgmma's accumulators written between fence and issue. Stricter than GPUs may be: each warp of a
-// warpgroup retires its own part; a fence of a third thread between named barriers or mbarriers does not count.
+// comes a wgmma.fence before the next wgmma on them. Not seen: A's fragments and metadata in registers; a first wgmma's
+// accumulators written between fence and issue. Stricter than GPUs may be: each warp of a warpgroup retires its own
+// part; a fence of a third thread between named barriers or mbarriers does not count.
 #pragma once
 
 #include <cstddef>

@@ -1,9 +1,9 @@
 // Hopper's warpgroup products and the barriers they wait for.
 //
-// wgmma m64nNk16, sparse m64nNk32: each of the four warps of a warpgroup computes 16 of the 64 rows, warp w rows 16 w …; so one warp is
-// modelled at a time. A and accumulators in registers are ptx_mma.h's fragments: accumulator register 4 j + r belongs
-// to columns 8 j …, A's four registers to k = 0 … 15. Sparse A is stored 64 × 16; its metadata is that of mma.sp's 16
-// rows (ptx_mma.h).
+// wgmma m64nNk16, sparse m64nNk32: each of the four warps of a warpgroup computes 16 of the 64 rows, warp w rows 16 w …;
+// so one warp is modelled at a time. A and accumulators in registers are ptx_mma.h's fragments: accumulator register 4 j
+// + r belongs to columns 8 j …, A's four registers to k = 0 … 15. Sparse A is stored 64 × 16; a warp's metadata is
+// mma.sp's for its 16 rows (ptx_mma.h).
 //
 // Matrices in shared memory are named by 64-bit descriptors (PTX ISA "Matrix Descriptor Format", "Strides"; CUTLASS
 // mma_sm90_desc.hpp and the canonical layouts of mma_traits_sm90_gmma.hpp agree): bits 0-13 start address, 16-29

@@ -1,5 +1,5 @@
-// Pipelines of warpgroup products: sums[t][e] += A · B_round over the rounds, and what can be wrong with them. Reference:
-// test_emulator_wgmma.py, in whose comments the flaws are explained.
+// Pipelines of warpgroup products, sums[t][e] += A · B_round over the rounds, and what can be wrong with them.
+// Reference: test_emulator_wgmma.py, in whose comments the flaws are explained.
 //
 // A is 64 × 16 and each B 16 × 64, as images of shared memory in 8 × 8 blocks. A warpgroup of 128 threads; while round
 // r's product runs, the next B goes to another of three buffers, which round r − 2 read last.
@@ -142,7 +142,8 @@ extern "C" __global__ void run_program(const int* program, int steps, float* sum
     float c[32] = {};
     ptx::wgmma_fence();
     for (int step = 0; step < steps; ++step) {
-        const int code = program[step * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)], value = code / 16;
+        const int code = program[step * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)];
+        const int value = code / 16;
         switch (code % 16) {
             case kWrite: reinterpret_cast<volatile int*>(b)[value] = 0; break;
             case kBlock: __syncthreads(); break;
