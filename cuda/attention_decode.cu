@@ -97,6 +97,7 @@ __device__ __forceinline__ void join_partials(const DecodeArgs<T, KV>& a, const 
 // Grid (partial_rows, KVH, n), 64 threads: items with more than kFusedSplits splits.
 template <class T, class KV>
 __device__ __forceinline__ void attention_join(const DecodeArgs<T, KV>& a) {
+    ptx::wait_for_earlier_kernels();
     const AttentionItem item = load_item(a.items, blockIdx.z);
     const int row = blockIdx.x;
     if (row >= item.rows) return;
@@ -249,6 +250,7 @@ __device__ __forceinline__ void attention_decode(const DecodeArgs<T, KV>& a) {
     __shared__ DecodeExchange exchange;
     using Split = DecodeSplit<T, KV, DP>;
 
+    ptx::wait_for_earlier_kernels();
     const AttentionItem item = load_item(a.items, blockIdx.z);
     if (item.rows == 0) return;
     const int kv_head = blockIdx.y, G = a.group(), g = lane_of_warp() >> 2;

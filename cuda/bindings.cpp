@@ -5,6 +5,10 @@
 // does; a `Recording` is a list of launches made ready once (a whole decode step) that one call runs, or captures into
 // a CUDA graph. Memory and streams are the caller's, as plain addresses.
 //
+// A launch that is told to overlap starts while the kernel before it in the stream still runs (programmatic dependent
+// launch, sm_90 on): the kernel itself waits before it touches what others write. Whether one does is the caller's to
+// know (engine.ops.gpu.launch.WAITING).
+//
 // It does not choose kernels, shapes or arguments: those come as engine.ops.gpu.launch.Launch has them.
 
 #include <cuda.h>
@@ -41,7 +45,7 @@ namespace {
 #define ENGINE_DRIVER(X) \
     X(cuInit) X(cuGetErrorName) X(cuGetErrorString) X(cuDeviceGet) X(cuDevicePrimaryCtxRetain) X(cuCtxGetCurrent) \
     X(cuCtxSetCurrent) X(cuModuleLoadData) X(cuModuleUnload) X(cuModuleGetFunction) X(cuFuncSetAttribute) \
-    X(cuLaunchKernel) X(cuStreamSynchronize) X(cuStreamIsCapturing) X(cuStreamBeginCapture) \
+    X(cuLaunchKernelEx) X(cuStreamSynchronize) X(cuStreamIsCapturing) X(cuStreamBeginCapture) \
     X(cuStreamEndCapture) X(cuGraphInstantiateWithFlags) X(cuGraphLaunch) X(cuGraphExecDestroy) X(cuGraphDestroy)
 
 struct Driver {
@@ -96,13 +100,23 @@ struct Function {
 struct Ready {
     const Function* function;
     unsigned grid[3], block[3], shared;
+    bool overlaps;  // the kernel before it
     std::vector<uint64_t> values;
 
     void launch(const Driver& driver, CUstream stream) {
         void* arguments[64];  // `Kernels::ready` refuses more
         for (size_t i = 0; i < values.size(); ++i) arguments[i] = &values[i];
-        driver.check(driver.cuLaunchKernel(function->handle, grid[0], grid[1], grid[2], block[0], block[1], block[2],
-                                           shared, stream, arguments, nullptr),
+        CUlaunchAttribute overlapping{};
+        overlapping.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        overlapping.value.programmaticStreamSerializationAllowed = 1;
+        CUlaunchConfig config{};
+        config.gridDimX = grid[0], config.gridDimY = grid[1], config.gridDimZ = grid[2];
+        config.blockDimX = block[0], config.blockDimY = block[1], config.blockDimZ = block[2];
+        config.sharedMemBytes = shared;
+        config.hStream = stream;
+        config.attrs = &overlapping;
+        config.numAttrs = overlaps ? 1 : 0;
+        driver.check(driver.cuLaunchKernelEx(&config, function->handle, arguments, nullptr),
                      "launching " + function->name);
     }
 };
@@ -164,18 +178,19 @@ class Kernels {
         for (const auto& [source, module] : modules_) driver_.cuModuleUnload(module);  // fails at exit: no harm
     }
 
-    void launch(const py::handle& launch, uintptr_t stream) {
-        Ready one = ready(launch);
+    void launch(const py::handle& launch, uintptr_t stream, bool overlaps) {
+        Ready one = ready(launch, overlaps);
         use();
         run(one, reinterpret_cast<CUstream>(stream));
     }
 
     // launch: an engine.ops.gpu.launch.Launch. Raises DeviceError for what no kernel takes.
-    Ready ready(const py::handle& launch) {
+    Ready ready(const py::handle& launch, bool overlaps) {
         use();
         Function& function = find(launch.attr("source").cast<std::string>(), launch.attr("kernel").cast<std::string>());
         Ready made{};
         made.function = &function;
+        made.overlaps = overlaps;
         const auto grid = launch.attr("grid").cast<std::vector<unsigned>>();
         const auto block = launch.attr("block").cast<std::vector<unsigned>>();
         if (grid.size() != 3 || block.size() != 3) fail(function.name + ": grid and block have three dimensions");
@@ -283,9 +298,10 @@ class Kernels {
 // Launches made ready once. Keeps the kernels and, through the launches, the arrays alive.
 class Recording {
   public:
-    Recording(py::object kernels, py::sequence launches)
+    Recording(py::object kernels, py::sequence launches, const std::vector<bool>& overlaps)
         : kernels_(std::move(kernels)), held_(py::list(launches)), owner_(kernels_.cast<Kernels&>()) {
-        for (const py::handle launch : held_) ready_.push_back(owner_.ready(launch));
+        if (held_.size() != overlaps.size()) fail("a recording is told of each launch whether it overlaps");
+        for (size_t i = 0; i < held_.size(); ++i) ready_.push_back(owner_.ready(held_[i], overlaps[i]));
     }
 
     size_t size() const { return ready_.size(); }
@@ -316,10 +332,11 @@ PYBIND11_MODULE(_cuda, module) {
     py::class_<Kernels>(module, "Kernels")
         .def(py::init<std::string, int, bool>(), py::arg("arch"), py::arg("device") = 0, py::arg("debug") = false,
              "Raises DeviceError without a driver, a GPU, or kernels for arch.")
-        .def("launch", &Kernels::launch, py::arg("launch"), py::arg("stream"));
+        .def("launch", &Kernels::launch, py::arg("launch"), py::arg("stream"), py::arg("overlaps") = false);
     py::class_<Graph>(module, "Graph").def("launch", &Graph::launch, py::arg("stream"));
     py::class_<Recording>(module, "Recording")
-        .def(py::init<py::object, py::sequence>(), py::arg("kernels"), py::arg("launches"))
+        .def(py::init<py::object, py::sequence, const std::vector<bool>&>(), py::arg("kernels"), py::arg("launches"),
+             py::arg("overlaps"))
         .def("__len__", &Recording::size)
         .def("run", &Recording::run, py::arg("stream"), "All launches in order, in one call.")
         .def("capture", &Recording::capture, py::arg("stream"), py::keep_alive<0, 1>(), "A CUDA graph of them.");

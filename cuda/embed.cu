@@ -7,10 +7,12 @@
 // memory. Moves C elements in and C out per token; rows that do not start at 16 bytes go element by element.
 // Reference: ReferenceOps.embed.
 #include "common.cuh"
+#include "mma.cuh"
 
 template <class In, class Out>
 __device__ __forceinline__ void embed(const In* table, i64 table_stride, const int* token_ids, Out* out,
                                       i64 out_stride, int C) {
+    ptx::wait_for_earlier_kernels();
     const In* from = table + token_ids[blockIdx.x] * table_stride;
     Out* to = out + blockIdx.x * out_stride;
     const bool vectors = is_aligned(from) && is_aligned(to);

@@ -26,6 +26,8 @@
 // deterministic=True: these entry points serve any number of tokens, in column groups, with the same bits for each; the
 // weight is dequantised once a column group then, which is what that guarantee costs.
 //
+// Launched while the kernel before still runs, a block reads its first units meanwhile (ptx::grid_dependency_wait).
+//
 // What hardware must show: that 3 units of 1 KB in flight per warp and 12 to 32 warps an SM reach the bandwidth (the
 // H200 wants about 32 KB in flight an SM), that issue slots hold (linear_fp4.cuh counts them), and the choice of
 // splits.
@@ -249,8 +251,10 @@ __device__ __forceinline__ void decode_linear(const Weight& weight, const Input&
         --to_fetch;
         fetch_slot = next_slot<Weight>(fetch_slot);
     };
+    ptx::launch_dependents();
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) fetch();
+    for (int i = 0; i < kStages - 1; ++i) fetch();  // weights, which no kernel writes
+    ptx::grid_dependency_wait();
 
     const int padded_N = ceil_div(N, kTileRows) * kTileRows;
     const int rows = kTileRows * warps, row_stride = rows + kResultPadding;

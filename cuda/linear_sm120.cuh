@@ -350,6 +350,7 @@ __device__ __forceinline__ void linear_fp4(const Fp4Activations& x, const u8* we
     using Tile = typename Block::Tile;
     constexpr int kStages = Block::kStages, kTiles = Shape::kTiles, kColumnTiles = 2 * Shape::kUnits;
     extern __shared__ __align__(128) u8 shared[];
+    ptx::wait_for_earlier_kernels();
     const int lane = lane_of_warp(), warp = warp_of_block(), g = lane >> 2, q = lane & 3;
     const int warp_token = warp / Shape::kRowWarps * 16 * kTiles, warp_unit = warp % Shape::kRowWarps * Shape::kUnits;
     const int first_token = blockIdx.x * Shape::kTokens, tokens = min(Shape::kTokens, M - first_token);

@@ -82,15 +82,28 @@ __device__ __forceinline__ void prefetch_l2(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" : : "l"(global) : "memory");
 }
 
-// --- Programmatic dependent launch (sm_90) ---------------------------------------------------------------------------
+// --- Programmatic dependent launch (sm_90; elsewhere nothing) --------------------------------------------------------
+// A kernel that waits so may be launched while those before it run (engine/ops/gpu/launch.py: WAITING): its blocks find
+// their places and fetch what no kernel writes, its weights, meanwhile. Every thread waits, and before that it writes
+// nothing and reads nothing else. As all kernels do so, one that has waited for the one before it has for all.
+
+// Until the kernels before have finished and their writes are visible.
+__device__ __forceinline__ void grid_dependency_wait() {
 #if PTX_ARCH >= 90
-// Waits until the grids this one depends on have finished and their writes are visible.
-__device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
-// Lets dependent grids start.
-__device__ __forceinline__ void launch_dependents() {
-    asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
-}
+    asm volatile("griddepcontrol.wait;" : : : "memory");
 #endif
+}
+// Lets the next kernel be launched once all blocks have come here.
+__device__ __forceinline__ void launch_dependents() {
+#if PTX_ARCH >= 90
+    asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
+// How a kernel begins that fetches nothing before.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+    launch_dependents();
+    grid_dependency_wait();
+}
 
 // --- cp.async (sm_80): global to shared without registers ------------------------------------------------------------
 

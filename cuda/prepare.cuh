@@ -7,6 +7,7 @@
 #pragma once
 
 #include "fp4.cuh"
+#include "mma.cuh"
 
 constexpr u32 kBeyondBf16 = 0x7f7f8000u;  // fp32 numbers from here on round to bf16's infinity
 
@@ -92,6 +93,7 @@ __device__ __forceinline__ void make_tile(const Source& from, int k, float inver
 // the bits of its largest magnitude, for every thread; those of infinity and NaN are larger than any number's.
 template <class Source>
 __device__ __forceinline__ u32 make_row(const Source& from, uint4* made, RowScratch& scratch) {
+    ptx::wait_for_earlier_kernels();
     const bool fused = from.fused(), vectors = from.vectors(from.row());
     float scale = 0.0f;
     if (from.norm_weight) scale = inverse_rms<Source::kWholeVectors>(from.row(), from.K, from.eps, scratch.sums);
@@ -145,11 +147,9 @@ template <class Source>
 __device__ __forceinline__ void row_tile(const Source& from, const uint4* made, int k, float (&x)[kTile]) {
     if (kIsBf16<typename Source::Element> || from.fused()) {
         u32 words[8] = {};
-        if (from.fused()) {
-            if (k < from.K) load_tile(reinterpret_cast<const bf16*>(made) + k, kTile, true, words);
-        } else if (k < from.K) {
-            load_tile(reinterpret_cast<const bf16*>(from.row()) + k, from.left(k), from.vectors(from.row()), words);
-        }
+        const bf16* row = reinterpret_cast<const bf16*>(from.row());
+        if (from.fused()) row = reinterpret_cast<const bf16*>(made);
+        if (k < from.K) load_tile(row + k, from.fused() ? kTile : from.left(k), from.fused() || from.vectors(row), words);
         unpack_tile(words, x);
     } else if (k < from.K) {
         load_tile(from.row() + k, from.left(k), from.vectors(from.row()), x);

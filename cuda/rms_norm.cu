@@ -7,11 +7,13 @@
 // read finds it in L1: a row is at most 128 KiB) and takes out: 4C bytes a row in 16-bit types, beside weight in L2.
 // Reference: ReferenceOps.rms_norm, bit for bit.
 #include "common.cuh"
+#include "mma.cuh"
 
 template <class T>
 __device__ __forceinline__ void rms_norm(const T* x, i64 x_stride, const float* weight, float eps, T* out,
                                          i64 out_stride, int C) {
     __shared__ float4 sums[kPartials / 32];
+    ptx::wait_for_earlier_kernels();
     x += blockIdx.x * x_stride;
     out += blockIdx.x * out_stride;
     const bool load_vectors = is_aligned(x), weight_vectors = is_aligned(weight), store_vectors = is_aligned(out);

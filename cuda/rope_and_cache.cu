@@ -14,6 +14,7 @@
 // in 16-bit types, 2·KVH·D fewer with E4M3. Reference: ReferenceOps.rope_and_cache, bit for bit.
 #include "fp4.cuh"
 #include "kv_cache.cuh"
+#include "mma.cuh"
 
 struct Four {
     float v[4];
@@ -112,6 +113,7 @@ __device__ __forceinline__ void rope_and_cache(const T* qkv, i64 qkv_stride, con
                                                const int* positions, const int* slot_mapping, const float* q_norm,
                                                const float* k_norm, float eps, T* out, i64 out_stride, KV* k_cache,
                                                KV* v_cache, int H, int KVH, int D, const Codes& codes = {}) {
+    ptx::wait_for_earlier_kernels();
     const int half = D / 2, lanes = D / 8;
     const int G = lanes <= 1 ? 1 : 1 << (32 - __clz(lanes - 1));
     const int t = blockIdx.x, index = blockIdx.y * blockDim.x + threadIdx.x;

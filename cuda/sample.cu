@@ -20,6 +20,7 @@
 // Differs from engine/sampler.py by the last bits of exp and of sums only: another token where u·mass comes within
 // about 1e-15 of a token's border. Log-probabilities are not computed here. Reference: engine.sampler.sample.
 #include "common.cuh"
+#include "mma.cuh"
 
 using u64 = unsigned long long;
 
@@ -42,6 +43,7 @@ __device__ __forceinline__ bool is_finite_key(u64 key) {
 __device__ __forceinline__ int id_of(u64 key) { return static_cast<int>(~static_cast<u32>(key)); }
 
 extern "C" __global__ void row_maxima(const float* logits, i64 stride, u64* keys, int V) {
+    ptx::wait_for_earlier_kernels();
     const float* row = logits + blockIdx.y * stride;
     u64 most = 0;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < V; i += gridDim.x * blockDim.x)
@@ -56,6 +58,7 @@ extern "C" __global__ void adjust_logits(float* logits, i64 stride, const int* m
                                          const int* bias_start, const int* bias_ids, const double* bias,
                                          const int* penalty_start, const int* penalty_ids, const int* counts,
                                          const double* repetition, const double* presence, const double* frequency) {
+    ptx::wait_for_earlier_kernels();
     const int s = blockIdx.x;
     float* row = logits + s * stride;
     for (int i = mask_start[s] + threadIdx.x; i < mask_start[s + 1]; i += blockDim.x)
@@ -76,6 +79,7 @@ extern "C" __global__ void adjust_logits(float* logits, i64 stride, const int* m
 
 extern "C" __global__ void token_weights(const float* logits, i64 stride, const u64* keys, const double* temperature,
                                          double* weights, int V) {
+    ptx::wait_for_earlier_kernels();
     const int s = blockIdx.y;
     if (temperature[s] < kGreedyBelow || !is_finite_key(keys[s])) return;
     const float* row = logits + s * stride;
@@ -302,6 +306,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)  // one block per SM: ther
                 const double* temperature, const int* top_k, const double* top_p, const double* min_p, const u64* seed,
                 const u64* index, const int* position, int* token_ids, int* status, int V) {
     __shared__ Scratch scratch;
+    ptx::wait_for_earlier_kernels();
     const int s = blockIdx.x;
     const bool is_usable = is_finite_key(raw_keys[s]), is_choosable = is_finite_key(keys[s]);
     int token = id_of(keys[s]);

@@ -5,9 +5,11 @@
 // Grid: (T, ceil(F / (8 · threads))) blocks of any multiple of 32 threads; a thread owns eight neighbours. No shared
 // memory. Moves 6F bytes a row in 16-bit types. Reference: ReferenceOps.silu_mul, bit for bit.
 #include "common.cuh"
+#include "mma.cuh"
 
 template <class T>
 __device__ __forceinline__ void silu_mul(const T* gate_up, i64 gate_up_stride, T* out, i64 out_stride, int F) {
+    ptx::wait_for_earlier_kernels();
     const int f = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
     if (f >= F) return;
     const T* gate = gate_up + blockIdx.x * gate_up_stride;

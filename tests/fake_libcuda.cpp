@@ -44,17 +44,22 @@ EXPORT cuFuncSetAttribute(CUfunction, CUfunction_attribute attribute, int value)
     std::printf("attribute %d %d\n", attribute, value);
     return value > 227 << 10 ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
-EXPORT cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                      unsigned shared, CUstream stream, void** arguments, void**) {
+EXPORT cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void**) {
+    const CUlaunchConfig& c = *config;
+    for (unsigned i = 0; i < c.numAttrs; ++i) {
+        if (c.attrs[i].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) return CUDA_ERROR_INVALID_VALUE;
+        if (c.attrs[i].value.programmaticStreamSerializationAllowed) std::printf("overlapping ");
+    }
     std::printf("%s %zx on %zx: %u %u %u, %u %u %u, %u:", capturing ? "capture" : "launch",
-                reinterpret_cast<size_t>(function), reinterpret_cast<size_t>(stream), gx, gy, gz, bx, by, bz, shared);
+                reinterpret_cast<size_t>(function), reinterpret_cast<size_t>(c.hStream), c.gridDimX, c.gridDimY,
+                c.gridDimZ, c.blockDimX, c.blockDimY, c.blockDimZ, c.sharedMemBytes);
     for (int i = 0; i < 6; ++i) {
         uint64_t value = 0;
         std::memcpy(&value, arguments[i], kSizes[i]);
         std::printf(" %llx", static_cast<unsigned long long>(value));
     }
     std::printf("\n");
-    return gx ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+    return c.gridDimX ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 EXPORT cuStreamSynchronize(CUstream) { return std::printf("wait\n"), CUDA_SUCCESS; }
 EXPORT cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {

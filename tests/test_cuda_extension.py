@@ -116,8 +116,8 @@ def refused(call, *args):
 kernels = _cuda.Kernels(ARCH)
 kernels.launch(embed(), 0x99)
 kernels.launch(embed('embed_f32_f32', 60000), 0x99)
-kernels.launch(embed('embed_f32_f32', 50000), 0x99)
-recording = _cuda.Recording(kernels, [embed(), embed('embed_f32_f32')])
+kernels.launch(embed('embed_f32_f32', 50000), 0x99, True)
+recording = _cuda.Recording(kernels, [embed(), embed('embed_f32_f32')], [False, True])
 print('recorded', len(recording), flush=True)
 recording.run(0x99)
 graph = recording.capture(0x99)
@@ -131,6 +131,7 @@ refused(kernels.launch, embed(shared=1 << 20), 0)
 refused(kernels.launch, embed(grid=(0, 1, 1)), 0)
 refused(kernels.launch, Launch('none.cu', 'x', (1, 1, 1), (1, 1, 1), 0, []), 0)
 refused(_cuda.Kernels, 'sm_50')
+refused(_cuda.Recording, kernels, [embed()], [])
 debug = _cuda.Kernels(ARCH, debug=True)
 debug.launch(embed(), 0x99)
 """
@@ -139,13 +140,13 @@ EXPECTED = f"""load
 launch 30 on 99: 7 1 1, 32 2 1, 0: {ARGS}
 attribute 8 60000
 launch 40 on 99: 7 1 1, 32 2 1, 60000: {ARGS}
-launch 40 on 99: 7 1 1, 32 2 1, 50000: {ARGS}
+overlapping launch 40 on 99: 7 1 1, 32 2 1, 50000: {ARGS}
 recorded 2
 launch 30 on 99: 7 1 1, 32 2 1, 0: {ARGS}
-launch 40 on 99: 7 1 1, 32 2 1, 0: {ARGS}
+overlapping launch 40 on 99: 7 1 1, 32 2 1, 0: {ARGS}
 begin
 capture 30 on 99: 7 1 1, 32 2 1, 0: {ARGS}
-capture 40 on 99: 7 1 1, 32 2 1, 0: {ARGS}
+overlapping capture 40 on 99: 7 1 1, 32 2 1, 0: {ARGS}
 end
 graph on 98
 destroy executable
@@ -160,6 +161,7 @@ launch 30 on 0: 0 1 1, 32 2 1, 0: {ARGS}
 refused: launching embed_bf16_bf16 of embed.cu: CUDA_ERROR_SOME, some error
 refused: engine._cuda carries no none.cu for ARCH; build it anew
 refused: engine._cuda carries no kernels for sm_50; use the NVRTC loader
+refused: a recording is told of each launch whether it overlaps
 load
 launch 30 on 99: 7 1 1, 32 2 1, 0: {ARGS}
 wait

@@ -133,6 +133,23 @@ def test_replays_under_the_checker(load: Load, monkeypatch: pytest.MonkeyPatch) 
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("sm_90", {"quant": "sharq", "quant_head": "fp8"}),
+        ("sm_90", {"quant": "sharq-mxfp4", "kv_cache_dtype": "fp8"}),
+        ("sm_90", {"quant": "w4a16", "quant_head": "nvfp4"}),
+        ("sm_120a", {"quant": "sharq"}),
+        ("sm_120a", {"quant": "mxfp4"}),
+    ],
+)
+def test_kernels_wait_for_those_before_them(load: Load, arch: str, options: dict[str, Any]) -> None:
+    """The checker launches decode steps' kernels as if the kernels before still ran; the second step knows what the
+    first has written."""
+    with load(device=EmulatedDevice(arch, checked=True), max_num_batched_tokens=8, **options) as llm:
+        llm.generate([TOKENS[:3]], SamplingParams(seed=3, top_p=0.9, presence_penalty=0.5, max_tokens=3))
+
+
 def test_growing_batches_and_preempted_sequences(load: Load) -> None:
     """Too few blocks for all: sequences come back, in part from the prefix cache, into other rows and buckets."""
     prompts = [TOKENS[:30], TOKENS[:40], TOKENS[50:95], TOKENS[:33]]

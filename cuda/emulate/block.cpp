@@ -96,6 +96,7 @@ void Block::set_priorities() {
 
 void Block::thread_main() {
     block.launch_->kernel->call(block.launch_->arguments);
+    checker.end_thread();
     block.end_thread();
 }
 

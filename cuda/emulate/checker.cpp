@@ -37,6 +37,7 @@ const char* verb(Access kind) {
 
 void Checker::begin_launch(const Launch& launch) {
     runtime_ = image_of(this);
+    dependent_ = launch.dependent;
     shared_nodes_.assign(1, {});
     global_nodes_.assign(1, {});
     shared_free_ = global_free_ = 0;
@@ -78,6 +79,7 @@ void Checker::begin_block(unsigned linear_index, unsigned threads) {
     rows_.assign(threads, {});
     any_rows_ = false;
     fenced_.assign(threads, 0);
+    waited_.assign(threads, 0);
     products_.assign(warp_settled_.size(), {});
     sums_.assign(threads, {});
     product_fenced_.assign(threads, 0);
@@ -142,9 +144,25 @@ void Checker::access_global(const Now& now) {
         if (found == globals_.end()) report_out_of_bounds(now);
         last_global_ = &*found;
     }
+    if (dependent_ && !waited_[now.thread]) check_early(now);
     if (last_global_->history.heads) return record(now, last_global_->history);
     if (now.kind != Access::read) {
         fail("%s, an array that the kernel takes as pointer to const", name_of_access(now).c_str());
+    }
+}
+
+/// Before griddepcontrol.wait, in last_global_.
+void Checker::check_early(const Now& now) const {
+    if (now.kind == Access::read && last_global_->region.early) return;
+    fail("too early: %s, before griddepcontrol.wait; %s", name_of_access(now).c_str(),
+         now.kind == Access::read ? "a kernel before may still write there" : "a kernel before may still use it");
+}
+
+void Checker::grid_dependency_wait() { waited_[self().id] = 1; }
+
+void Checker::end_thread() {
+    if (dependent_ && !waited_[self().id]) {
+        fail("%s ends without griddepcontrol.wait; a kernel behind this one counts on it", name_of(self()).c_str());
     }
 }
 

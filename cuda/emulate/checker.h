@@ -14,6 +14,9 @@
 // Arrays that the kernel takes as pointers to const have no history, only bounds. Not seen: accesses by libc functions
 // called by name (memcpy of a length unknown when compiling).
 //
+// A kernel that is launched while those before it still run must not touch what they may write, or store anything, before
+// its griddepcontrol.wait, and each of its threads must come to one. The launcher says which arrays no kernel writes.
+//
 // wgmma (checker_wgmma.cpp) reads shared memory at any time between its issue and the wait_group of its warp that
 // retires its group; from then on the read is an ordinary one of all the warp's lanes, which another warp's write must
 // know, by a barrier. It reads on behalf of its warp's first lane. What a thread wrote, or cp.async for it, needs a
@@ -60,6 +63,9 @@ public:
     void acquire(const void* object);
     void fence();                       // __threadfence and its relatives: makes later atomics release
     void atomic_order(const void* pointer);
+
+    void grid_dependency_wait();
+    void end_thread();
 
     // Asynchronous writes: in flight, then done. With an object they are released there, and are no thread's own;
     // without one they become the calling thread's.
@@ -148,6 +154,7 @@ private:
     std::string name_of_memory(const std::byte* pointer) const;
     std::string name_of_access(const Now& now) const;
     [[noreturn]] void report_out_of_bounds(const Now& now);
+    void check_early(const Now& now) const;
     [[noreturn]] void report_race(const Now& now, const std::byte* at, const Node& old);
 
     uint32_t now_ = 1;
@@ -160,6 +167,8 @@ private:
     std::unordered_map<const void*, Row> released_;            // within the block
     std::unordered_map<const void*, BlockSet> released_to_blocks_;
     BlockSet known_blocks_;
+    bool dependent_ = false;
+    std::vector<uint8_t> waited_;  // by thread: for the kernels before
     std::vector<Products> products_;       // by warp
     std::vector<std::vector<Sums>> sums_;  // by thread
     std::vector<uint8_t> product_fenced_;
@@ -188,6 +197,8 @@ struct Checker {  // the fast build's: nothing
     void acquire(const void*) {}
     void fence() {}
     void atomic_order(const void*) {}
+    void grid_dependency_wait() {}
+    void end_thread() {}
     void begin_write(const void*, size_t) {}
     void end_write(const void*, size_t, const void*) {}
     void product_reads(const void*, size_t) {}

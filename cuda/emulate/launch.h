@@ -30,6 +30,7 @@ struct Region {
     std::byte* base;
     uint64_t bytes;
     uint32_t writable;
+    uint32_t early;  // may be read before griddepcontrol.wait: no kernel writes it
 };
 
 /// A __shared__ array: its place in the module's thread-local segment.
@@ -66,6 +67,7 @@ struct Launch {
     const SharedArray* arrays;  // the static ones, by offset
     uint32_t region_count, array_count;
     uint32_t report_bytes;
+    uint32_t dependent;  // launched while kernels before may still run (programmatic dependent launch)
     char* report;
 };
 

@@ -17,7 +17,7 @@
 //     ldmatrix, stmatrix                            "ldmatrix", "stmatrix"                     sure
 //     ld.global.nc, createpolicy, prefetch          the same                                   sure; hints ignored
 //     bar.sync, bar.arrive                          "bar"                                      sure
-//     griddepcontrol, fence, setmaxnreg             the same                                   do nothing here
+//     griddepcontrol, fence, setmaxnreg             the same                                   matter to the checker alone
 //     mma bf16, f16, e4m3                           "Matrix Fragments for mma.m16n8k16", k32   fragments sure; rounding
 //                                                   as third parties measured it, by architecture
 //     mma s8                                        the same                                   sure, exact

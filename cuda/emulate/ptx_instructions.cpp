@@ -463,6 +463,7 @@ void wgmma_fence(const Warp&) { product_fence(); }
 void wgmma_commit(const Warp&) { product_commit(); }
 void wgmma_wait(const Warp& warp) { product_wait(warp.lane[0]->word(0)); }
 void proxy_fence(Frame&) { async_proxy_fence(); }
+void grid_wait(Frame&) { grid_dependency_wait(); }
 void meet_only(const Warp&) {}
 
 constexpr int any = 9999;
@@ -503,8 +504,8 @@ const std::vector<Entry>& instruction_table() {
         {"createpolicy.fractional.L2::evict_first.b64", "=l", create_policy, nullptr, 800, any, false},
         {"createpolicy.fractional.L2::evict_last.b64", "=l", create_policy, nullptr, 800, any, false},
         {"prefetch.global.L2", "[l]", nothing, nullptr, 800, any, true},
-        // "griddepcontrol": one grid at a time runs here, so there is nothing to wait for.
-        {"griddepcontrol.wait", "", nothing, nullptr, 900, any, true},
+        // "griddepcontrol": one grid at a time runs here; what is done before the wait matters to the checker alone.
+        {"griddepcontrol.wait", "", grid_wait, nullptr, 900, any, true},
         {"griddepcontrol.launch_dependents", "", nothing, nullptr, 900, any, true},
         // "bar": sure. "mbarrier", "cp.async.bulk", "fence", "setmaxnreg": behaviour sure, copies land at once, fences
         // matter to the checker alone, a phase has at most 65535 arrivals.

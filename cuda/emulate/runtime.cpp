@@ -47,6 +47,7 @@ void yield() { block.yield(); }
 void sync_release(const void* object) { checker.release(object); }
 void sync_acquire(const void* object) { checker.acquire(object); }
 void fence() { checker.fence(); }
+void grid_dependency_wait() { checker.grid_dependency_wait(); }
 
 void begin_atomic(const void* pointer, size_t bytes) {
     // A thread that spins on an atomic must let the others run, whatever its priority.

@@ -70,6 +70,9 @@ void fence();
 /// after a fence releases) `pointer`, and now and then lets other threads run, so that a spinning thread ends.
 void begin_atomic(const void* pointer, size_t bytes);
 
+/// griddepcontrol.wait of the calling thread: from here on it may touch what kernels before wrote.
+void grid_dependency_wait();
+
 // --- Shared memory --------------------------------------------------------------------------------------------------
 /// 32-bit shared-window addresses, as in PTX operands.
 uint32_t shared_offset(const void* pointer); ///< fails if the pointer is not into shared memory

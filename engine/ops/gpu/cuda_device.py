@@ -102,12 +102,7 @@ class CudaGraph:
 
     def run(self) -> None:
         """Raises DeviceError; with debug it says whose kernels failed."""
-        with self._device.told("starting a graph"):
-            self._graph.launch(self._device.stream)
-        if self._device.debug:
-            kernels = ", ".join(dict.fromkeys(launch.kernel for launch in self._launches))
-            with self._device.told(f"a graph of {kernels}"):
-                self._device.stream.synchronize()
+        self._device.start(self._graph, self._launches)
 
 
 class CudaDevice:
@@ -146,6 +141,7 @@ class CudaDevice:
         self.name = f"{properties['name'].decode()}, {self.arch}, {self._loader.name}{', debug' if debug else ''}"
         self.stream = self._cupy.cuda.Stream(non_blocking=True)
         self._captured: list[Launch] | None = None  # while a graph is captured
+        self._behind_kernel = False  # whether the stream's last work is a kernel
         self._staging: list[tuple[int, Any, Any] | None] = [None] * _STAGING  # bytes, pinned memory, event
         self._next = 0
 
@@ -165,6 +161,7 @@ class CudaDevice:
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> GpuArray:
         array = self.empty(shape, dtype)
         if array.nbytes:
+            self._behind_kernel = False
             with self.told("zeroing memory"):
                 self._cupy.cuda.runtime.memsetAsync(array.address, 0, array.nbytes, self.stream.ptr)
         return array
@@ -240,6 +237,7 @@ class CudaDevice:
         if self._captured is not None:
             raise DeviceError("a copy to or from the host cannot be part of a CUDA graph")
         runtime = self._cupy.cuda.runtime
+        self._behind_kernel = False
         with self.told("copying"):
             runtime.memcpyAsync(target, source, nbytes, getattr(runtime, kind), self.stream.ptr)
 
@@ -249,13 +247,23 @@ class CudaDevice:
         check_shared(launch, self.arch)
         if self._captured is not None:
             self._captured.append(launch)
-        self._loader.launch(launch, self.stream)
+        self._loader.launch(launch, self.stream, behind_kernel=self._behind_kernel)
+        self._behind_kernel = True
 
     def record(self, launches: Sequence[Launch]) -> Callable[[], None]:
         """A call that runs all of these in order: from C++ at once, with the extension."""
         for launch in launches:
             check_shared(launch, self.arch)
         return self._loader.record(launches, self.stream)
+
+    def start(self, graph: Any, launches: Sequence[Launch]) -> None:
+        """Put a graph of these launches behind what was launched before."""
+        self._behind_kernel = False
+        with self.told("starting a graph"):
+            graph.launch(self.stream)
+        if self.debug:
+            with self.told(f"a graph of {', '.join(dict.fromkeys(launch.kernel for launch in launches))}"):
+                self.stream.synchronize()
 
     def synchronize(self) -> None:
         """Wait for everything launched so far. Raises DeviceError where some of it failed."""
@@ -283,7 +291,7 @@ class CudaDevice:
         self.synchronize()
         launches: list[Launch] = []
         with self.told("capturing a CUDA graph"):
-            self._captured = launches
+            self._captured, self._behind_kernel = launches, False
             self.stream.begin_capture()
             try:
                 work()
@@ -291,7 +299,7 @@ class CudaDevice:
                 self._abandon_capture()
                 raise
             finally:
-                self._captured = None
+                self._captured, self._behind_kernel = None, False
             return CudaGraph(self, self.stream.end_capture(), launches)
 
     def _abandon_capture(self) -> None:
@@ -303,8 +311,10 @@ class CudaDevice:
         """How long the GPU takes for what `work` launches, by CUDA events."""
         events = [self._cupy.cuda.Event() for _ in range(2)]
         events[0].record(self.stream)
+        self._behind_kernel = False
         work()
         events[1].record(self.stream)
+        self._behind_kernel = False
         self.synchronize()
         return float(self._cupy.cuda.get_elapsed_time(*events)) / 1e3
 

@@ -6,6 +6,7 @@ dtype, strides, nbytes, slices of leading rows, reshape of contiguous ones, view
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from engine.errors import DeviceError
 from engine.memory import kv_cache_budget
 from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule, Schedule
 from engine.ops.gpu.host_build import Architecture
-from engine.ops.gpu.launch import Launch, check_shared
+from engine.ops.gpu.launch import WAITING, Launch, check_shared
 
 # Multiprocessors of the GPU that stands for an emulated architecture: of V100, T4, A100, A40, Orin, L40S, H200, B200,
 # B300, RTX 5090 and GB10.
@@ -133,6 +134,7 @@ class EmulatedDevice:
         self.name = f"emulated {arch}"
         self._checked = checked
         self._schedule = schedule
+        self._written: dict[int, weakref.ref[NDArray[Any]]] = {}  # allocations that a kernel has been given to write
         self._modules: dict[str, EmulatedModule] = {}
         self._captured: list[Callable[[], None]] | None = None  # while work is recorded
 
@@ -165,7 +167,29 @@ class EmulatedDevice:
         if module is None:
             module = EmulatedModule.compile(launch.source, arch=self.arch, checked=self._checked)
             self._modules[launch.source] = module
-        self._do(lambda: module.launch(*launch[1:], schedule=self._schedule))
+        self._do(lambda: self._run(module, launch))
+
+    def _run(self, module: EmulatedModule, launch: Launch) -> None:
+        """Under the checker as the extension launches on a GPU: while kernels before may still run."""
+        early = None
+        if self._checked:
+            self._note_written(module, launch)
+            if launch.source in WAITING and module.arch.number >= 90:
+                arrays = [value for value in launch.args if isinstance(value, np.ndarray)]
+                early = [array for array in arrays if not self._is_written(array)]
+        module.launch(*launch[1:], schedule=self._schedule, early=early)
+
+    def _note_written(self, module: EmulatedModule, launch: Launch) -> None:
+        kernel = module.kernels.get(launch.kernel)
+        for parameter, value in zip(kernel.parameters if kernel else (), launch.args, strict=False):
+            if parameter.kind == "p" and value is not None:
+                allocation = _allocation(value)
+                self._written[id(allocation)] = weakref.ref(allocation)
+
+    def _is_written(self, array: NDArray[Any]) -> bool:
+        allocation = _allocation(array)
+        found = self._written.get(id(allocation))
+        return found is not None and found() is allocation
 
     def capture(self, work: Callable[[], object]) -> EmulatedRecording:
         work()
@@ -189,3 +213,10 @@ class EmulatedDevice:
 
     def kv_cache_budget(self) -> int:
         return kv_cache_budget()
+
+
+def _allocation(array: NDArray[Any]) -> NDArray[Any]:
+    """The array whose memory this one is a part of."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array

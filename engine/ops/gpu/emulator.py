@@ -94,6 +94,7 @@ class _Region(ctypes.Structure):
         ("base", ctypes.c_void_p),
         ("bytes", ctypes.c_uint64),
         ("writable", ctypes.c_uint32),
+        ("early", ctypes.c_uint32),
     )
 
 
@@ -121,6 +122,7 @@ class _Launch(ctypes.Structure):
         ("region_count", ctypes.c_uint32),
         ("array_count", ctypes.c_uint32),
         ("report_bytes", ctypes.c_uint32),
+        ("dependent", ctypes.c_uint32),
         ("report", ctypes.c_char_p),
     )
 
@@ -183,6 +185,7 @@ class EmulatedModule:
         schedule: Schedule = SCHEDULES[0],
         poison: int = 0xFF,
         time_limit: float = 120.0,
+        early: Sequence[Array] | None = None,
     ) -> None:
         """Runs kernel `name` to its end.
 
@@ -190,13 +193,15 @@ class EmulatedModule:
         args: NumPy arrays for pointers (C-contiguous, or rows of a wider array), None for a null pointer, NumPy scalars
         of the parameter's exact size for values.
         poison: the byte that fills shared memory before each block; 0xFF makes NaN of every float. time_limit: seconds.
+        early: not None where the kernel is launched while those before it still run: those of args that none of them
+        writes, which may be read before griddepcontrol.wait.
         Raises InvalidArgument for a launch that CUDA would refuse, KernelFault for one in which the kernel did wrong.
         """
         kernel = self.kernels.get(name)
         if kernel is None:
             raise InvalidArgument(f"no kernel {name!r}; there are {', '.join(sorted(self.kernels))}")
         self._check_shape(kernel, grid, block, shared)
-        values = _Arguments(kernel, args)
+        values = _Arguments(kernel, args, early or ())
         regions = values.regions()
         report = ctypes.create_string_buffer(REPORT_BYTES)
         launch = _Launch(
@@ -214,6 +219,7 @@ class EmulatedModule:
             region_count=len(regions),
             array_count=len(self._arrays),
             report_bytes=REPORT_BYTES,
+            dependent=early is not None,
             report=ctypes.cast(report, ctypes.c_char_p),
         )
         if self._run(ctypes.byref(launch)):
@@ -249,10 +255,11 @@ class EmulatedModule:
 class _Arguments:
     """A launch's arguments as the kernel takes them: the addresses of values and of pointers."""
 
-    def __init__(self, kernel: Kernel, args: Sequence[Argument]) -> None:
+    def __init__(self, kernel: Kernel, args: Sequence[Argument], early: Sequence[Array]) -> None:
         if len(args) != len(kernel.parameters):
             raise InvalidArgument(f"{kernel.name} takes {len(kernel.parameters)} arguments, not {len(args)}")
-        self._spans: list[tuple[int, int, str, bool]] = []  # begin, end, name, writable
+        self._early = {id(array) for array in early}
+        self._spans: list[tuple[int, int, str, bool, bool]] = []  # begin, end, name, writable, early
         self._values = [
             self._value(f"argument {i} of {kernel.name}", parameter, value)
             for i, (parameter, value) in enumerate(zip(kernel.parameters, args, strict=True))
@@ -289,19 +296,20 @@ class _Arguments:
             extent = (
                 sum((n - 1) * stride for n, stride in zip(value.shape, value.strides, strict=True)) + value.itemsize
             )
-            self._spans.append((address, address + extent, what.split(" of ")[0], writable))
+            name, early = what.split(" of ")[0], id(value) in self._early
+            self._spans.append((address, address + extent, name, writable, early))
         return address
 
     def regions(self) -> ctypes.Array[_Region]:
         """The arrays' memory; arrays that overlap are one region."""
-        merged: list[tuple[int, int, str, bool]] = []
-        for begin, end, name, writable in sorted(self._spans):
+        merged: list[tuple[int, int, str, bool, bool]] = []
+        for begin, end, name, writable, early in sorted(self._spans):
             if merged and begin < merged[-1][1]:
-                first, last, names, written = merged.pop()
-                merged.append((first, max(last, end), f"{names}, {name}", written or writable))
+                first, last, names, written, constant = merged.pop()
+                merged.append((first, max(last, end), f"{names}, {name}", written or writable, constant and early))
             else:
-                merged.append((begin, end, name, writable))
-        return (_Region * len(merged))(*(_Region(n.encode(), b, e - b, w) for b, e, n, w in merged))
+                merged.append((begin, end, name, writable, early))
+        return (_Region * len(merged))(*(_Region(n.encode(), b, e - b, w, c) for b, e, n, w, c in merged))
 
 
 def _text(data: bytes | None) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 
 from engine.errors import DeviceError
 from engine.ops.gpu.compile import cubin
-from engine.ops.gpu.launch import Launch
+from engine.ops.gpu.host_build import Architecture
+from engine.ops.gpu.launch import WAITING, Launch
 
 LOADERS = ("nvrtc", "extension")
 _DEFAULT_SHARED = 48 << 10  # dynamic shared memory that a kernel may have without asking
@@ -25,15 +26,22 @@ _DEFAULT_SHARED = 48 << 10  # dynamic shared memory that a kernel may have witho
 class KernelLoader(Protocol):
     name: str  # for the user
 
-    def launch(self, launch: Launch, stream: Any) -> None:
-        """Put one kernel behind those in the stream (a cupy.cuda.Stream). Raises DeviceError."""
+    def launch(self, launch: Launch, stream: Any, *, behind_kernel: bool = False) -> None:
+        """Put one kernel behind those in the stream (a cupy.cuda.Stream). Raises DeviceError.
+
+        behind_kernel: whether what was put there last is a kernel, which then may still run when this one starts, if
+        the loader can do that and this one waits for it (`launch.WAITING`).
+        """
 
     def record(self, launches: Sequence[Launch], stream: Any) -> Callable[[], None]:
         """A call that puts all of these into the stream, made ready now. It keeps their arrays alive."""
 
 
 class NvrtcKernels:
-    """Kernels from cubins that NVRTC made for `arch`. debug: wait for each, so that a failure names its kernel."""
+    """Kernels from cubins that NVRTC made for `arch`. debug: wait for each, so that a failure names its kernel.
+
+    CuPy's launches cannot overlap: kernels that wait for the one before do so in vain, which costs nothing.
+    """
 
     name = "NVRTC"
 
@@ -45,7 +53,7 @@ class NvrtcKernels:
         self._kernels: dict[tuple[str, str], Any] = {}
         self._shared: dict[tuple[str, str], int] = {}  # bytes of dynamic shared memory that a kernel was allowed
 
-    def launch(self, launch: Launch, stream: Any) -> None:
+    def launch(self, launch: Launch, stream: Any, *, behind_kernel: bool = False) -> None:
         args = tuple(_argument(value) for value in launch.args)
         try:
             kernel = self._kernel(launch)
@@ -81,19 +89,27 @@ class NvrtcKernels:
 
 
 class ExtensionKernels:
-    """Kernels that `engine._cuda` carries. debug: as for `NvrtcKernels`. Raises DeviceError where it is not built."""
+    """Kernels that `engine._cuda` carries. debug: as for `NvrtcKernels`. Raises DeviceError where it is not built.
+
+    From sm_90 on, a kernel that waits for the one before it is launched while that runs; not with debug.
+    """
 
     name = "extension"
 
     def __init__(self, arch: str, *, debug: bool = False) -> None:
         self._extension = extension()
         self._kernels = self._extension.Kernels(arch, 0, debug)
+        self._overlaps = not debug and Architecture.parse(arch).number >= 90
 
-    def launch(self, launch: Launch, stream: Any) -> None:
-        self._kernels.launch(launch, stream.ptr)
+    def launch(self, launch: Launch, stream: Any, *, behind_kernel: bool = False) -> None:
+        self._kernels.launch(launch, stream.ptr, behind_kernel and self._overlapping(launch))
+
+    def _overlapping(self, launch: Launch) -> bool:
+        return self._overlaps and launch.source in WAITING
 
     def record(self, launches: Sequence[Launch], stream: Any) -> Callable[[], None]:
-        recording = self._extension.Recording(self._kernels, list(launches))
+        overlapping = [i > 0 and self._overlapping(launch) for i, launch in enumerate(launches)]
+        recording = self._extension.Recording(self._kernels, list(launches), overlapping)
         return lambda: recording.run(stream.ptr)
 
 

@@ -16,6 +16,18 @@ Dim3 = tuple[int, int, int]
 SHARED_LIMITS = {70: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
 
+# Files all of whose kernels wait for those before them (ptx::grid_dependency_wait in cuda/mma.cuh): the kernels of
+# decode steps. These alone may be launched while the kernel before still runs (programmatic dependent launch).
+WAITING = frozenset(
+    f"{name}.cu"
+    for name in (
+        "attention_decode", "embed", "linear_bf16", "linear_fp8", "linear_hif4", "linear_mxfp4", "linear_mxfp4_sm120",
+        "linear_nvfp4x16", "linear_nvfp4x16_sm120", "linear_nvfp4x32", "linear_nvfp4x32_sm120", "prepare_fp4",
+        "prepare_fp8", "prepare_sharq", "rms_norm", "rope_and_cache", "sample", "silu_mul",
+    )
+)  # fmt: skip
+
+
 class Launch(NamedTuple):
     source: str  # the file in cuda/
     kernel: str  # its entry point

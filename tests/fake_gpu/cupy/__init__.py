@@ -20,6 +20,7 @@ import numpy as np
 from cupy import cuda
 from cupy.cuda import MemoryPool, default_pool, emulated_launch
 from engine.errors import DeviceError
+from engine.ops.gpu.launch import WAITING
 
 __version__ = "0.0+fake"
 
@@ -81,7 +82,8 @@ class _Extension(ModuleType):
         def __init__(self, arch: str, device: int, debug: bool) -> None:
             assert (arch, device) == (cuda.ARCH, 0)
 
-        def launch(self, launch: Any, stream: int) -> None:
+        def launch(self, launch: Any, stream: int, overlaps: bool = False) -> None:
+            assert not overlaps or launch.source in WAITING, f"{launch.kernel} does not wait for the kernel before"
             values = [self._bits(value) for value in launch.args]
             if launch.kernel not in cuda.emulated(launch.source).kernels:
                 raise DeviceError(f"finding {launch.kernel} of {launch.source}: CUDA_ERROR_NOT_FOUND")
@@ -104,12 +106,13 @@ class _Extension(ModuleType):
             return np.uint64(value.address) if hasattr(value, "address") else value
 
     class Recording:
-        def __init__(self, kernels: Any, launches: list[Any]) -> None:
-            self._kernels, self._launches = kernels, launches
+        def __init__(self, kernels: Any, launches: list[Any], overlaps: list[bool]) -> None:
+            assert len(overlaps) == len(launches)
+            self._kernels, self._launches = kernels, list(zip(launches, overlaps, strict=True))
 
         def run(self, stream: int) -> None:
-            for launch in self._launches:
-                self._kernels.launch(launch, stream)
+            for launch, overlaps in self._launches:
+                self._kernels.launch(launch, stream, overlaps)
 
 
 if os.environ.get("FAKE_GPU_EXTENSION") == "1":
