@@ -282,7 +282,7 @@ class _Nvrtc(SimpleNamespace):
         pass
 
     def getVersion(self) -> tuple[int, int]:  # as CuPy spells it
-        return (0, 0)  # no other's: what it "compiled" must not be found by a real one
+        return (99, 0)  # no other's: what it "compiled" must not be found by a real one
 
     def createProgram(self, text: str, name: str, headers: tuple[()], includes: tuple[()]) -> str:
         return name

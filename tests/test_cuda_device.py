@@ -1,4 +1,6 @@
-"""Memory and errors of a GPU, on the stand-in for CuPy (tests/fake_gpu): what was loaded runs, what fails is told.
+"""A GPU's memory, errors and launches, on the stand-in for CuPy (tests/fake_gpu).
+
+What was loaded runs, what fails is told, and kernels overlap where they may.
 
 Where only memory matters, nothing is launched: the stand-in's allocations are counted, kernels do not run.
 """
@@ -24,6 +26,7 @@ from engine import LLM, SamplingParams
 from engine.core import Batch
 from engine.errors import CapacityError, DeviceError, EngineClosed, InvalidArgument, KernelFault
 from engine.ops.backends import select_backend
+from engine.ops.gpu import kernel_loaders
 from engine.ops.gpu.cuda_device import CudaDevice
 from engine.ops.gpu.emulator import EmulatedModule
 from engine.ops.gpu.launch import Launch
@@ -248,6 +251,69 @@ def test_room_for_many_tokens_is_room_for_fewer(M: int, N: int, K: int, sms: int
     for fewer in {1, M // 2, M - M % 32, M - 1, M} - {0}:
         cut = plan_decode(fewer, N, K, sms=sms, unit_k=64, unit_bytes=2048, padding=64, paths=paths).cut
         assert cut.partials <= cut.room <= plan.cut.room and cut.arrivals <= 4 * sms
+
+
+# ---- launches that overlap -------------------------------------------------------------------------------------------
+
+
+class Extension:
+    """engine._cuda, as far as it is told which kernels overlap the one before."""
+
+    def __init__(self) -> None:
+        self.overlaps: list[bool] = []
+        self.recorded: list[bool] = []
+
+    def Kernels(self, arch: str, device: int, debug: bool) -> Any:  # a class there
+        return self
+
+    def launch(self, launch: Launch, stream: int, overlaps: bool = False) -> None:
+        self.overlaps.append(overlaps)
+
+    def Recording(self, kernels: Any, launches: list[Launch], overlaps: list[bool]) -> Any:
+        self.recorded = overlaps
+        return self
+
+
+@pytest.mark.parametrize(("arch", "debug"), [("sm_90a", False), ("sm_80", False), ("sm_90a", True)])
+def test_kernels_overlap_the_kernel_before(cuda: Any, monkeypatch: pytest.MonkeyPatch, arch: str, debug: bool) -> None:
+    """Where the one waits for the other, and nothing else lies between them."""
+    extension = Extension()
+    monkeypatch.setattr(kernel_loaders, "extension", lambda: extension)
+    major, minor = divmod(int(arch[3:5]), 10)
+    properties = cuda.runtime.getDeviceProperties
+    monkeypatch.setattr(
+        cuda.runtime, "getDeviceProperties", lambda index: {**properties(index), "major": major, "minor": minor}
+    )
+    device = CudaDevice("extension", debug=debug)
+    array = device.zeros((4,), np.dtype(np.float32))
+    waits = Launch("embed.cu", "embed_f32_f32", (1, 1, 1), (32, 1, 1), 0, [])
+    does_not = waits._replace(source="read_bandwidth.cu")
+
+    def told(*work: Any) -> list[bool]:
+        extension.overlaps.clear()
+        for call in work:
+            call() if callable(call) else device.launch(call)
+        return extension.overlaps
+
+    def between(call: Any) -> list[bool]:
+        return told(waits, call, waits, waits)
+
+    no = arch == "sm_80" or debug
+    yes = [not no]
+    assert told(lambda: device.zeros((4,), array.dtype), waits, waits, does_not, waits) == [False, *yes, False, *yes]
+    for call in (
+        lambda: device.zeros((4,), array.dtype),
+        lambda: device.write(array, np.zeros(4, np.float32)),
+        lambda: device.download(array),
+        lambda: device.upload(np.zeros(4, np.float32)),
+    ):
+        assert between(call)[1:] == [False, *yes]
+    extension.overlaps.clear()
+    graph = device.capture(lambda: [device.launch(waits) for _ in range(2)])
+    assert extension.overlaps[2:] == [False, *yes], "a graph's first kernel follows none"
+    assert told(waits, graph.run, waits)[1:] == [False]
+    device.record([waits, waits, does_not, waits])
+    assert extension.recorded == [False, *yes, False, *yes]
 
 
 # ---- errors that come late -------------------------------------------------------------------------------------------
