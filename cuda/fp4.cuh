@@ -168,22 +168,25 @@ private:
 // of either two pairs the better one comes first. So what is kept is the first ones, or either two.
 struct PairMask {
     bool both_low[2], both_high[2];
-    u32 metadata;
-    u32 order[2], kept_order;  // __byte_perm's selectors for codes, whose bytes are pairs, back to the order of k
+    u32 order[2], kept;  // __byte_perm's selectors for codes, whose bytes are pairs, back to the order of k
 
-    __device__ __forceinline__ PairMask(const PairScores& scores, u32 (&words)[8]) : metadata(0), kept_order(0) {
+    __device__ __forceinline__ PairMask(const PairScores& scores, u32 (&words)[8]) : kept(0) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            const Kept kept(scores.even[c], scores.odd[c]);
-            sort(kept.odd_low, words[4 * c], words[4 * c + 1]);
-            sort(kept.odd_high, words[4 * c + 2], words[4 * c + 3]);
-            order[c] = (kept.odd_low ? 0x01 : 0x10) | (kept.odd_high ? 0x2300 : 0x3200);
-            const bool swapped = kept.both_low ? kept.odd_low : kept.both_high && !kept.odd_high;
-            kept_order |= ((swapped ? 0x01 : 0x10) + 0x22 * c) << 8 * c;
-            metadata |= kept.metadata() << 4 * c;
-            both_low[c] = kept.both_low, both_high[c] = kept.both_high;
+            const Kept chunk(scores.even[c], scores.odd[c]);
+            sort(chunk.odd_low, words[4 * c], words[4 * c + 1]);
+            sort(chunk.odd_high, words[4 * c + 2], words[4 * c + 3]);
+            order[c] = (chunk.odd_low ? 0x01 : 0x10) | (chunk.odd_high ? 0x2300 : 0x3200);
+            // A chunk's metadata, and two of kept's nibbles.
+            const auto entry = [c](u32 meta, u32 pairs) { return meta << (16 + 4 * c) | (pairs + 0x22 * c) << 8 * c; };
+            const u32 of_low = chunk.odd_low ? entry(4, 0x01) : entry(4, 0x10);
+            const u32 of_high = chunk.odd_high ? entry(14, 0x10) : entry(14, 0x01);
+            const u32 of_each = (chunk.odd_low ? entry(9, 0x10) : entry(8, 0x10)) | (chunk.odd_high ? 4 << (16 + 4 * c) : 0);
+            kept |= chunk.both_low ? of_low : chunk.both_high ? of_high : of_each;
+            both_low[c] = chunk.both_low, both_high[c] = chunk.both_high;
         }
     }
+    __device__ __forceinline__ u32 metadata() const { return kept >> 16; }
     __device__ __forceinline__ void gather(const u32 (&words)[8], u32 (&kept)[4]) const {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {

@@ -44,8 +44,8 @@ __device__ __forceinline__ SplitTile<Format, sparse> split(const float (&x)[kTil
 #pragma unroll
         for (int i = 0; i < 4; ++i) kept[i] = scale.residual(kept[i], sizes[i]);
         mask.scatter(kept, words);
-        out.backbone[0] = __byte_perm(rounded.codes(), 0, mask.kept_order);
-        out.meta = mask.metadata, order[0] = mask.order[0], order[1] = mask.order[1];
+        out.backbone[0] = __byte_perm(rounded.codes(), 0, mask.kept);
+        out.meta = mask.metadata(), order[0] = mask.order[0], order[1] = mask.order[1];
         out.backbone_scale = scale.stored;
     } else {
         float all[kTile];
