@@ -15,9 +15,7 @@ from paging import Paging, scattered, total_blocks
 
 from engine.errors import DeviceError, InvalidArgument
 from engine.ops.gpu import launch_attention
-from engine.ops.gpu.device import EmulatedDevice
 from engine.ops.gpu.emulator import SCHEDULES, EmulatedModule
-from engine.ops.gpu.launch import Launch, shared_limit
 from engine.ops.gpu.launch_attention import (
     DECODE,
     FUSED_SPLITS,
@@ -352,19 +350,3 @@ def test_padded_batches():
 def test_shapes_no_kernel_takes(arguments, message):
     with pytest.raises(InvalidArgument, match=message):
         AttentionShape(*arguments)
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a", "sm_121a"])
-def test_shared_memory_fits_every_architecture(arch):
-    """What decode has statically tests/test_cuda_compile.py reads from ptxas."""
-    for D in range(8, 257, 8):
-        for dtype, kv_e4m3 in (("bf16", False), ("f16", False), ("bf16", True)):
-            shape = AttentionShape(1, 1, D, dtype, kv_e4m3)
-            assert shape.shared_bytes("decode") + 3344 <= shared_limit(arch), shape.kernel("decode")
-            assert shape.shared_bytes("prefill") <= shared_limit(arch), shape.kernel("prefill")
-
-
-def test_a_launch_beyond_the_shared_memory_is_refused():
-    launch = Launch(DECODE, "attention_decode_bf16_64", (1, 1, 1), (128, 1, 1), (99 << 10) + 1, [])
-    with pytest.raises(DeviceError, match="attention_decode_bf16_64 needs 101377 bytes .* 101376 on sm_86"):
-        EmulatedDevice("sm_86").launch(launch)

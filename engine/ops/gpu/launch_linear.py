@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from engine.errors import InvalidArgument
-from engine.ops.gpu.launch import Launch
+from engine.ops.gpu.launch import Launch, shared_limit
 from engine.ops.gpu.launch_rows import padded, row_stride, type_name
 from engine.ops.gpu.weight_layout import CODE_BYTES, FP4_UNIT_K, FP8_UNIT_K, TILE_ROWS, Fp4Units, Fp8Units, unit_bytes
 
@@ -28,6 +28,8 @@ STAGES = 4  # kStages
 RESULT_PADDING = 8  # kResultPadding
 OUTPUT_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 EXPAND_THREADS = 256
+_LARGEST_SHARED = shared_limit("sm_90a")
+_DECODE_SHARED = shared_limit("sm_86") - 1024  # plans serve every architecture; a kibibyte for scales and static arrays
 # Four blocks an SM of 32 tokens and 128 rows, the largest of plan_decode; launch_linear_sm120's have no more.
 MOST_SPLIT = 4 * 32 * 128
 
@@ -117,12 +119,13 @@ def plan_decode(
     cut = cut_k(M, N, K, sms=sms, blocks=blocks, splits=-(-4 * sms // blocks))  # four blocks an SM keep it busy
 
     columns = min(M, group_tokens) * paths
+    others = warps * STAGES * unit_bytes + 4 * group_tokens * (TILE_ROWS * warps + RESULT_PADDING)
     budget = (20 if tiles < 4 else 36) * 1024  # bytes of factors, so that two to four blocks fit an SM
+    budget = min(budget, _DECODE_SHARED - others)
     chunk = cut.slice_k
     while chunk > FP4_UNIT_K and columns * (2 * chunk + padding) > budget:
         chunk //= 2
-    shared = warps * STAGES * unit_bytes + columns * (2 * chunk + padding)
-    shared += 4 * group_tokens * (TILE_ROWS * warps + RESULT_PADDING)
+    shared = others + columns * (2 * chunk + padding)
     if scale_group:
         shared += 4 * (chunk // scale_group) * COLUMNS * tiles
     return DecodePlan(tiles, warps, groups, row_blocks, cut, chunk, shared)
@@ -244,7 +247,7 @@ class TilePlan:
 
 
 def plan_tile(
-    M: int, N: int, kind: Kind = "one", *, copied_weight: bool, sms: int, shared_limit: int = 227 * 1024
+    M: int, N: int, kind: Kind = "one", *, copied_weight: bool, sms: int, shared_limit: int = _LARGEST_SHARED
 ) -> TilePlan:
     """Blocks of 128 tokens where that leaves every SM one and shared memory suffices, else of 64.
 
