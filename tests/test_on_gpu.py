@@ -105,16 +105,16 @@ class Model:
             activations=BF16,
         )
 
-    def step(self, work: Mapping[int, Sequence[int]]) -> dict[int, Logits]:
-        """New tokens of some sequences in one batch; logits [n, V] of each."""
-        batch = self.batch(work)
+    def step(self, work: Mapping[int, Sequence[int]], prefilling: int = 0) -> dict[int, Logits]:
+        """New tokens of some sequences in one batch; logits [n, V] of each. prefilling: how many do, the last ones."""
+        batch = self.batch(work, prefilling)
         hidden = self.ops.take_rows(self.decoder.forward(batch, self.cache), batch.logit_rows)
         logits = self.ops.to_host(self.decoder.logits(hidden)).copy()
         for s, tokens in work.items():
             self._lengths[s] += len(tokens)
         return dict(zip(work, np.split(logits, batch.query_start[1:-1]), strict=True))
 
-    def batch(self, work: Mapping[int, Sequence[int]]) -> Batch:
+    def batch(self, work: Mapping[int, Sequence[int]], prefilling: int = 0) -> Batch:
         starts = [self._lengths[s] for s in work]
         positions = np.concatenate([start + np.arange(len(t)) for start, t in zip(starts, work.values(), strict=True)])
         first_slots = np.repeat([s * CONTEXT for s in work], [len(tokens) for tokens in work.values()])
@@ -127,6 +127,7 @@ class Model:
             context_lens=(np.array(starts) + np.diff(ends)).astype(np.int32),
             block_tables=np.array([np.arange(self._blocks) + s * self._blocks for s in work], np.int32),
             logit_rows=np.arange(ends[-1], dtype=np.int32),
+            num_decode_rows=int(ends[len(work) - prefilling]),
         )
 
 
@@ -142,9 +143,9 @@ def device_string(loader: str) -> str:
     return f"cuda:{loader}"
 
 
-def rows_of(model: Model, tokens: Sequence[int], chunk: int) -> Logits:
+def rows_of(model: Model, tokens: Sequence[int], chunk: int, *, prefills: bool = False) -> Logits:
     """Logits of a text that runs alone, in chunks."""
-    parts = [model.step({0: tokens[i : i + chunk]})[0] for i in range(0, len(tokens), chunk)]
+    parts = [model.step({0: tokens[i : i + chunk]}, int(prefills))[0] for i in range(0, len(tokens), chunk)]
     return np.concatenate(parts)
 
 
@@ -162,9 +163,11 @@ LIMITS = {"bf16": (0.02, 0.1), "w4a16": (0.02, 0.1)}
 
 
 @pytest.mark.parametrize("quant", METHODS)
-def test_small_models(loader: str, quant: str) -> None:
+@pytest.mark.parametrize("prefills", [False, True], ids=["decode", "prefill"])
+def test_small_models(loader: str, quant: str, prefills: bool) -> None:
+    """With the products, and the order of attention, of either kind of rows."""
     expected = on_cpu(quant)
-    found = rows_of(Model(device_string(loader), quant), PROMPT, len(PROMPT))
+    found = rows_of(Model(device_string(loader), quant), PROMPT, len(PROMPT), prefills=prefills)
     error = (found - expected) / expected.std()
     rms, largest = LIMITS.get(quant, (0.25, np.inf))
     assert np.sqrt(np.mean(error**2)) <= rms and np.abs(error).max() <= largest
@@ -217,6 +220,23 @@ def test_batch_mates_never_matter(loader: str, quant: str) -> None:
             found.append(model.step({s: [PROMPT[21 + i]] for s in range(others + 1)})[0])
         for step, (a, b) in enumerate(zip(found, expected, strict=True)):
             assert a.tobytes() == b.tobytes(), f"step {step} beside {others} others"
+
+
+@pytest.mark.parametrize("quant", ["bf16", "w4a16", "nvfp4", "sharq", "sharq-hif4", "fp8"])
+def test_a_long_prompt_in_any_chunk(loader: str, quant: str) -> None:
+    """Prefill rows whole, in chunks, token by token, and beside sequences that decode: bit for bit."""
+    tokens = (PROMPT * 3)[: most(loader, 90, 18)]
+
+    def text(chunk: int) -> Logits:
+        return rows_of(Model(device_string(loader), quant, sequences=1), tokens, chunk, prefills=True)
+
+    expected = text(len(tokens))
+    for chunk in (1, 7, 65):
+        assert text(chunk).tobytes() == expected.tobytes(), f"chunks of {chunk}"
+    model = Model(device_string(loader), quant, sequences=3)
+    model.step({1: PROMPT[:9], 2: PROMPT[3:20]})
+    decoding = {1: [PROMPT[9]], 2: [PROMPT[20]]}
+    assert model.step({**decoding, 0: tokens}, prefilling=1)[0].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("quant", ["bf16", "w4a16", "sharq", "fp8"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from engine.bench.machine import describe_machine
 from engine.bench.report import Row, add_output_options, as_markdown, write_report
 from engine.bench.shapes import SHAPES, any_config
+from engine.bench.steps import decode_rows
 from engine.bench.timing import BenchDevice, Call, bench_device, copies_for, interleaved, read_bandwidth
 from engine.cli import say
 from engine.config import ModelConfig
@@ -127,7 +128,7 @@ def _calls(case: Case, config: ModelConfig, kv: np.dtype[Any], device: BenchDevi
     """One per layer, each with a cache of its own."""
     ops, H, KVH, D = device.ops, config.num_heads, config.num_kv_heads, config.head_dim
     layers = copies_for(case.kv_bytes(config, kv), device.rotation_bytes)
-    batch = case.batch(ops.kv_block_size)
+    batch = replace(case.batch(ops.kv_block_size), num_decode_rows=decode_rows(case.new, ops))
     blocks = batch.block_tables.size
     cache = ops.new_kv_cache(
         num_layers=layers, num_blocks=blocks, num_kv_heads=KVH, head_dim=D, dtype=kv, activations=BF16

@@ -5,7 +5,8 @@ so few rows a product takes as long as its weights take to be read, so the machi
 and again in every round, and each figure comes with its share of it. Weights are used in rotation, from sets twice as
 large as the last-level cache, because in a model each layer's weights were last seen a whole step ago. What a method
 does to activations beforehand (with the norm or the SwiGLU that it is fused with) has rows of its own. On a GPU,
-NVIDIA's libraries are measured beside the methods where they are installed: cuBLAS in bf16, cuBLASLt in FP8.
+NVIDIA's libraries are measured beside the methods where they are installed: cuBLAS in bf16, cuBLASLt in FP8; and more
+than 64 rows (`--m 256 1024`) are multiplied as those of a prompt are, by kernels of their own.
 
 Values are random and repeat every 256 rows: they do not change how long a product takes. Times are medians over rounds
 in which every method has its turn, Python's part of a call included; ratios and shares are medians of the ratios within
@@ -29,6 +30,7 @@ from engine.bench.cublas import BF16_PEER, FP8_PEER, Peer, peers
 from engine.bench.machine import describe_machine
 from engine.bench.report import Row, add_output_options, as_markdown, distinct_colors, load_pyplot, write_report
 from engine.bench.shapes import SHAPES, any_config, fused_linears
+from engine.bench.steps import decode_rows
 from engine.bench.synthetic import random_weight
 from engine.bench.timing import BenchDevice, Call, GpuDevice, bench_device, copies_for, interleaved, read_bandwidth
 from engine.cli import say
@@ -176,7 +178,8 @@ def measure(product: Product, methods: Mapping[str, LinearMethod], setup: Setup)
         calls: dict[str, list[Call]] = {}
         for name, method in methods.items():
             operand = method.prepare(x)
-            calls[name] = [partial(method.matmul, operand, weight, out=out) for weight in weights[name]]
+            multiply = partial(method.matmul, operand, out=out, num_decode_rows=decode_rows(M, setup.device.ops))
+            calls[name] = [partial(multiply, weight=weight) for weight in weights[name]]
         calls |= _peer_calls(setup.peers, others, M)
         yield from _timed(product, product.layer, M, calls, sizes, setup)
         calls, nbytes = _preparations(product, methods, M, setup.device)

@@ -219,7 +219,8 @@ def _prompt(sequence: OneSequence, tokens: list[int], begin: int, end: int) -> I
     """Steps of up to _STEP tokens; the last also predicts."""
     for start in range(begin, end, _STEP):
         stop = min(start + _STEP, end)
-        yield partial(sequence.predict if stop == end else sequence.run, tokens[start:stop], start)
+        step = sequence.predict if stop == end else sequence.run
+        yield partial(step, tokens[start:stop], start, prompt_tokens=end - begin)
 
 
 def _one_by_one(sequence: OneSequence, tokens: list[int], begin: int, end: int) -> Iterator[Call]:
