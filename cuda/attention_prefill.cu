@@ -4,7 +4,8 @@
 //   k_cache, v_cache [blocks, KVH, 16, D] of this layer (kv_cache.cuh), of T or E4M3, D a multiple of 8 up to DP
 //   k_scales, v_scales [KVH] float32 for E4M3, else null;  block_tables [S, table_stride] int32
 //   items [n, 8] int32 (AttentionItem), at most 128 rows each (D > 128: 64): chunks of several sequences in one launch
-//   deterministic: 1 joins splits as decode does, 0 takes all tiles as one split
+//   like_decode: 1 joins splits as attention_decode does, for decode rows (engine/scheduler.py); 0, for prefill rows,
+//   takes all tiles as one split
 //
 // Grid (KVH, n): block (i, j) owns item j's rows of KV head i; the group's query heads share each K and V tile. 256
 // threads (D > 128: 128). Warp w owns rows [16 w, + 16) from queries to output and goes over the tiles of 64 tokens
@@ -16,7 +17,7 @@
 // sm_90): issue slots are the limit on an H200, at 76 % of its tensor cores by count; on sm_80 to 89 the tensor cores
 // are. A hundred of the 670 are exp2f's care for subnormals, which ex2.approx.ftz would save.
 //
-// deterministic = 1 makes a row's bits those of attention_decode, whatever the chunk and wherever it is cut. Ending a
+// like_decode = 1 makes a row's bits those of attention_decode, whatever the chunk and wherever it is cut. Ending a
 // split costs ~230 instructions per warp (D = 128): 35 % of a tile for each tile below position 1024, where attention
 // itself is little, 17, 9 and 4 % from 1024, 4096, 16384 on. With 0 only the order of sums differs, and the total lies
 // idle; D = 64 and 128 keep part of it, D = 256 all, in local memory (tests/test_cuda_compile.py counts it as spills).
@@ -36,7 +37,7 @@ struct PrefillArgs {
     float scale;
     int window;
     const float *k_scales, *v_scales;
-    int deterministic;
+    int like_decode;
     T* out;
     i64 out_stride;
 };
@@ -174,7 +175,7 @@ __device__ __forceinline__ void attention_prefill(const PrefillArgs<T, KV>& a) {
     rows.c = a.scale * kLog2E * (a.k_scales ? a.k_scales[kv_head] : 1.0f);
 
     for (int tile = begin; tile < end;) {
-        const int stop = a.deterministic ? min(end, first_tile_of_split(split_of_tile(tile) + 1)) : end;
+        const int stop = a.like_decode ? min(end, first_tile_of_split(split_of_tile(tile) + 1)) : end;
         for (; tile < stop; ++tile) {
             next_tile<Tiles, kStages>(tiles, tile, end);
             rows.add_tile(tile, tiles.k_tile(tile), tiles.v_tile(tile));
@@ -192,10 +193,10 @@ __device__ __forceinline__ void attention_prefill(const PrefillArgs<T, KV>& a) {
 #define PARAMETERS(T, KV)                                                                                             \
     const T *q, i64 q_stride, const KV *k_cache, const KV *v_cache, const int *block_tables, int table_stride,        \
         const int *items, int H, int KVH, int D, float scale, int window, const float *k_scales,                      \
-        const float *v_scales, int deterministic, T *out, i64 out_stride
+        const float *v_scales, int like_decode, T *out, i64 out_stride
 #define ARGUMENTS                                                                                                     \
     {q, q_stride, k_cache, v_cache, block_tables, table_stride, items, H, KVH, D, scale, window, k_scales, v_scales,  \
-     deterministic, out, out_stride}
+     like_decode, out, out_stride}
 #if !defined(HEAD_DIM) || HEAD_DIM == 64
 extern "C" __global__ void __launch_bounds__(256, 2) attention_prefill_bf16_64(PARAMETERS(bf16, bf16)) {
     attention_prefill<bf16, bf16, 64>(ARGUMENTS);

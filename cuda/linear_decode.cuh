@@ -23,8 +23,9 @@
 // Memory traffic: the weight once (a column group more reads L2), activations once a block, M · N outputs; with splits
 // 8 · M · N · slices bytes of partial sums through L2.
 //
-// deterministic=True: these entry points serve any number of tokens, in column groups, with the same bits for each; the
-// weight is dequantised once a column group then, which is what that guarantee costs.
+// These entry points serve any number of tokens, in column groups, with the same bits for each: decode rows
+// (engine/scheduler.py) take no others, and with deterministic=True every row is one. The weight is dequantised once a
+// column group then, which is what that guarantee costs.
 //
 // Launched while the kernel before still runs, a block reads its first units meanwhile (ptx::grid_dependency_wait).
 //

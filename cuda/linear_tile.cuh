@@ -19,7 +19,7 @@
 //
 // Order of sums: the tensor core's within slice_k (launch_linear.py) or 128 k where weights have scales along k, path
 // after path in each 32 or 64 k; slices are added in fp32. It depends on K alone, so a token's bits are the same in any
-// batch and for both sizes of block; they differ from linear_decode's, whose order is another.
+// batch and for both sizes of block. linear_decode's order is another: decode rows have its bits, prefill rows these.
 //
 // Grid: x token blocks, y row blocks (neighbours in x share the weight through L2). Shared memory: stages · (token
 // bytes + 16 KB of 16-bit weights), 32 KB for dequantised ones. M, N, K any; K of FP4 activations padded to 128, else a

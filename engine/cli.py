@@ -28,7 +28,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="branch, tag or commit of a Hugging Face repo")
     group.add_argument("--device", default="auto", help="auto | cpu | numpy | cuda | emulate (default: %(default)s)")
     group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
-    group.add_argument("--deterministic", action="store_true", help="GPU: the same bits in any batch, at a cost")
+    group.add_argument("--deterministic", action="store_true", help="GPU: the same bits as prompt and as answer")
     group.add_argument("--dtype", default="auto", help="activations: auto | bfloat16 | float16 | float32")
     group.add_argument("--kv-cache-dtype", default="auto", help="auto (as the activations) | fp8 (half the memory)")
     group.add_argument("--max-model-len", type=int, help="longest sequence, prompt and answer together, in tokens")

@@ -99,7 +99,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"  # of K and V: "auto", as the activations; "fp8", E4M3, which holds twice the tokens
     enable_prefix_caching: bool = True
     threads: int | None = None  # CPU threads; None = physical cores available to this process
-    deterministic: bool = False  # GPU: the same bits in any batch and chunk, at a cost; the CPU gives no others
+    deterministic: bool = False  # GPU: a text's bits are the same as prompt and as answer, at a cost in prefill
 
     def __post_init__(self) -> None:
         for name, least, optional in _COUNTS:

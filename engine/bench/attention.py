@@ -82,7 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefill", nargs="*", type=int, default=[512, 2048, 8192], help="prompt lengths")
     group.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="auto: bfloat16")
     group.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:extension (default: %(default)s)")
-    group.add_argument("--deterministic", action="store_true", help="GPU: the same bits in any batch and chunk")
+    group.add_argument("--deterministic", action="store_true", help="GPU: prompts in answers' order of sums")
     group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
     group.add_argument("--seconds", type=float, default=0.5, help="for each case (default: %(default)s)")
     add_output_options(parser)

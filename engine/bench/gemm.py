@@ -74,7 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--methods", nargs="+", default=list(METHODS), help=f"default: {' '.join(METHODS)}")
     device = "auto | cpu | numpy | cuda | cuda:extension (default: %(default)s)"
     group.add_argument("--device", default="auto", help=device)
-    group.add_argument("--deterministic", action="store_true", help="GPU: the same bits in any batch and chunk")
+    group.add_argument("--deterministic", action="store_true", help="GPU: prompts in answers' order of sums")
     group.add_argument("--no-peers", action="store_true", help="GPU: leave NVIDIA's libraries out")
     group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
     group.add_argument("--seconds", type=float, default=0.5, help="for each matrix and M (default: %(default)s)")

@@ -101,7 +101,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     device = "auto | cpu | numpy | cuda | cuda:extension (default: %(default)s)"
     group.add_argument("--device", default="auto", help=device)
-    group.add_argument("--deterministic", action="store_true", help="GPU: the same bits in any batch and chunk")
+    group.add_argument("--deterministic", action="store_true", help="GPU: prompts in answers' order of sums")
     group.add_argument("--threads", type=int, help="CPU threads (default: physical cores this process may use)")
     add_output_options(parser)
 
@@ -281,7 +281,8 @@ def as_table(report: dict[str, Any]) -> str:
     grade = f", grade {report['grade']}" if report["grade"] else ""
     about = (
         f"{report['model']} ({weights}): {report['quant']}{grade}, head {report['head']}, K and V "
-        f"{report['kv_cache_dtype']}; {report['kernel_path']}; memory read at {report['read_gb_per_s']} GB/s. {report['machine']['cpu']}"
+        f"{report['kv_cache_dtype']}; {report['kernel_path']}; memory read at {report['read_gb_per_s']} GB/s. "
+        f"{report['machine']['cpu']}"
     )
     lines = [
         [

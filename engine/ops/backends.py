@@ -20,8 +20,8 @@ def select_backend(device: str = "auto", threads: int | None = None, *, determin
     every operation. "cuda:extension" takes the kernels from `engine._cuda` instead of compiling them by NVRTC;
     "cuda:debug", "cuda:extension:debug" wait for each kernel, to name one that fails.
     "emulate" runs the CUDA kernels on the CPU as on sm_90, "emulate:sm_120a" as on another architecture: slower still,
-    for tests. deterministic: on a GPU, the same bits in any batch and chunk; CPUs give no
-    others. Raises InvalidArgument for an unknown device, DeviceError for one that cannot be used here.
+    for tests. deterministic: on a GPU, long prompts in the order of sums that answers have, as on CPUs always. Raises
+    InvalidArgument for an unknown device, DeviceError for one that cannot be used here.
     """
     kind, _, variant = device.partition(":")
     if kind not in DEVICES or (variant and kind not in ("cuda", "emulate")):

@@ -144,8 +144,8 @@ class _Packed:
 class GpuOps:
     """`Ops` on one device.
 
-    deterministic: a token's result is bitwise the same whether it is prompt or answer, not only beside any batch-mates;
-    what that costs is the benchmarks' to say. record: whether decode steps are recorded and replayed.
+    A token's result is bitwise the same beside any batch-mates and in any chunk; deterministic: whether it is prompt or
+    answer, too. What that costs is the benchmarks' to say. record: whether decode steps are recorded and replayed.
     """
 
     kv_block_size = 16
