@@ -283,6 +283,13 @@ def test_checked(dtype, kv, H, KVH, D, window):
         assert_same_bits(out, plain)
 
 
+def test_checked_where_k_and_v_take_turns():
+    """Two tiles in a split: the second's K is widened where the first's V was."""
+    scene = Scene(1, 1, 200, (1160,), kv=E4M3)
+    for schedule in SCHEDULES:
+        assert_close(scene, (0, 1159, 1160), checked=True, schedule=schedule)
+
+
 def test_checked_joins():
     scene = Scene(2, 1, 16, (3000,))
     assert_same_bits(scene.attend((0, 2999, 3000), checked=True), scene.attend((0, 2999, 3000)))
