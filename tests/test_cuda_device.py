@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import write_model
+from tiny_models import CASES, write_model
 
 from engine import LLM, SamplingParams
 from engine.core import Batch
@@ -63,11 +63,12 @@ def idle(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = write_model("qwen3_tied", tmp_path)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
-    return path
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of long contexts, so that attention is split, and a K of three slices, so that products are."""
+    tiny = CASES["qwen3_tied"]
+    config = {**tiny.config, "max_position_embeddings": CONTEXT, "intermediate_size": 640}
+    monkeypatch.setitem(CASES, "split", replace(tiny, config=config))
+    return write_model("split", tmp_path)
 
 
 def load(path: Path, **options: Any) -> LLM:
@@ -133,7 +134,7 @@ def test_what_was_loaded_never_runs_out(
         cache = llm._plan.nbytes
         needed = taken(idle) - before - cache
     passed = 0
-    for room in (cache, cache // 4, cache // 16, cache // 64, 0, -needed // 4, -needed // 2):
+    for room in (cache, cache // 16, cache // 64, 0, -needed // 4):
         monkeypatch.setattr(idle, "TOTAL", before + needed + room)
         try:
             llm = load(model, **options)
@@ -142,7 +143,7 @@ def test_what_was_loaded_never_runs_out(
         passed += 1
         with llm:
             run_large_steps(llm._worker._runner, 6, 90)
-    assert 2 <= passed <= 5, "some were to be refused"
+    assert 2 <= passed <= 4, "some were to be refused"
     assert taken(idle) == before, "all memory comes back"
 
 
