@@ -88,7 +88,8 @@ struct E2m1Eight {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const u32 four = magnitudes >> 16 * i;
-            const u32 high = __byte_perm(0x3f3f3f00u, 0x40404040u, four), low = __byte_perm(0xc0800000u, 0xc0804000u, four);
+            const u32 high = __byte_perm(0x3f3f3f00u, 0x40404040u, four);
+            const u32 low = __byte_perm(0xc0800000u, 0xc0804000u, four);
             words[2 * i] = __byte_perm(low, high, 0x5140), words[2 * i + 1] = __byte_perm(low, high, 0x7362);
         }
     }
@@ -181,7 +182,8 @@ struct PairMask {
             const auto entry = [c](u32 meta, u32 pairs) { return meta << (16 + 4 * c) | (pairs + 0x22 * c) << 8 * c; };
             const u32 of_low = chunk.odd_low ? entry(4, 0x01) : entry(4, 0x10);
             const u32 of_high = chunk.odd_high ? entry(14, 0x10) : entry(14, 0x01);
-            const u32 of_each = (chunk.odd_low ? entry(9, 0x10) : entry(8, 0x10)) | (chunk.odd_high ? 4 << (16 + 4 * c) : 0);
+            const u32 better_high = chunk.odd_high ? 4 << (16 + 4 * c) : 0;
+            const u32 of_each = (chunk.odd_low ? entry(9, 0x10) : entry(8, 0x10)) | better_high;
             kept |= chunk.both_low ? of_low : chunk.both_high ? of_high : of_each;
             both_low[c] = chunk.both_low, both_high[c] = chunk.both_high;
         }

@@ -4,6 +4,18 @@
 // A block of a multiple of 32 threads owns a row [K]. A fused row is made once and kept in shared memory as bf16, 2K
 // bytes; a plain row is read twice, from memory and then from L1. Threads take tiles of 16 neighbours: those a thread
 // makes are those it quantises, so there is no barrier between, and neighbouring lanes have neighbouring tiles.
+//
+// What bounds them, estimated (no GPU has run them): instructions for an element of bf16 on sm_90a, counted in machine
+// code (tests/test_cuda_prepare_sass.py), about half of them for the integer units, which take one every other cycle:
+//     quantising    SharQ NVFP4 sparse 25.6, dense 26.3, MXFP4 22.3, 23.4, HiF4 50, 40; one path 13.8, 11.3, 20; FP8 4.9
+//     before that   1.8 for a plain row, 9.2 with a norm, 26.5 with silu; and about 170 for each thread of a row
+// An H200's schedulers have 27.8 for 70 % of its bandwidth on plain and normalised rows of SharQ, 47 with silu: plain
+// rows can reach that, normalised ones 56 %, those with silu 63 %.
+//
+// Few rows: a row of K = 18944 with silu is 37 warps' tiles of 830 instructions, on one SM 4.5 µs at least, where the
+// 132 of an H200 would need less than a launch. The largest magnitude keeps them from sharing it: what would help is a
+// cluster of blocks (sm_90), or two launches with the row in memory between, which saves about 2 µs of 5. Neither is
+// here.
 #pragma once
 
 #include "fp4.cuh"
@@ -149,7 +161,8 @@ __device__ __forceinline__ void row_tile(const Source& from, const uint4* made, 
         u32 words[8] = {};
         const bf16* row = reinterpret_cast<const bf16*>(from.row());
         if (from.fused()) row = reinterpret_cast<const bf16*>(made);
-        if (k < from.K) load_tile(row + k, from.fused() ? kTile : from.left(k), from.fused() || from.vectors(row), words);
+        const int left = from.fused() ? kTile : from.left(k);
+        if (k < from.K) load_tile(row + k, left, from.fused() || from.vectors(row), words);
         unpack_tile(words, x);
     } else if (k < from.K) {
         load_tile(from.row() + k, from.left(k), from.vectors(from.row()), x);

@@ -36,7 +36,8 @@ __device__ __forceinline__ void prepare_fp4(const Source& from, const float* ten
         unpack_tile(words, x);
         if constexpr (Format::kE2m1) {
             const auto scale = Format::template scale<block>(largest(x));
-            codes[0] = E2m1Eight(x, scale.half_inverse).codes(), codes[1] = E2m1Eight(x + 8, scale.half_inverse).codes();
+            codes[0] = E2m1Eight(x, scale.half_inverse).codes();
+            codes[1] = E2m1Eight(x + 8, scale.half_inverse).codes();
             stored = scale.stored;
         } else {
             const auto scale = Format::scale(x);

@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import shutil
-import subprocess
 from collections import Counter
-from functools import lru_cache
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("cupy", reason="CuPy brings NVRTC's binding; pip install '.[cuda13]'")
 
-from engine.errors import DeviceError
-from engine.ops.gpu import compile as compiling
-
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/ +(?:@!?U?P\w+ +)?(?P<name>[A-Z][\w.]*)")
+from machine_code import kernels
 
 
-def disassembler():
-    """nvdisasm of a wheel, else on PATH."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = spec.submodule_search_locations or () if spec else ()
-    wheels = [path for folder in folders for path in sorted(Path(folder).glob("*/bin/nvdisasm"))]
-    return str(wheels[0]) if wheels else shutil.which("nvdisasm")
-
-
-@lru_cache
 def instructions(source, arch):
     """Kernel -> how often each instruction occurs."""
-    tool = disassembler()
-    if tool is None:
-        pytest.skip("nvdisasm is not installed (pip install nvidia-nvdisasm)")
-    try:
-        cubin = compiling.cubin(source, arch)
-    except DeviceError as error:
-        if "NVRTC" in str(error) and "compile" not in str(error):
-            pytest.skip(str(error))
-        raise
-    text = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"^\s*\.text\.(\w+):", text, flags=re.MULTILINE)[1:]
-    return {name: Counter(INSTRUCTION.findall(body)) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+    return {name: Counter(i.name for i in kernel.instructions) for name, kernel in kernels(source, arch).items()}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

@@ -17,6 +17,7 @@ from engine.ops.gpu.launch import Dim3, Launch
 
 _NAMES = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", np.dtype(ml_dtypes.bfloat16): "bf16"}
 _PADDING = 128  # K of operands is rounded up to a multiple
+_MANY_ROWS = 512  # rows that occupy a large GPU with a few warps each
 
 
 def type_name(dtype: np.dtype[Any]) -> str:
@@ -96,11 +97,12 @@ class Rows:
 
     def launch(self, source: str, kernel: str, args: list[Any]) -> Launch:
         weight, eps = self.norm or (None, 0.0)
-        threads = min(512, -(-padded(self.K) // 16 // 32) * 32)
+        # A tile of 16 to a thread, so that a row is ready soon; of many rows four, so that what begins a row is shared.
+        warps = -(-padded(self.K) // (16 * 32 * (4 if self.T >= _MANY_ROWS else 1)))
         shared = -(-self.K // 16) * 32 if self.silu or self.norm else 0
         rows = [self.x, row_stride(self.x), weight, np.float32(eps), np.int32(self.silu), np.int32(self.K)]
         name = f"{kernel}_{_NAMES[self.x.dtype]}"
-        return Launch(source, name, (self.T, 1, 1), (threads, 1, 1), shared, [*rows, *args])
+        return Launch(source, name, (self.T, 1, 1), (32 * min(16, warps), 1, 1), shared, [*rows, *args])
 
 
 def prepare_amax(rows: Rows, amax: Any, invalid: Any) -> Launch:
