@@ -94,12 +94,11 @@ class ExtensionKernels:
     From sm_90 on, a kernel that waits for the one before it is launched while that runs; not with debug.
     """
 
-    name = "extension"
-
     def __init__(self, arch: str, *, debug: bool = False) -> None:
         self._extension = extension()
         self._kernels = self._extension.Kernels(arch, 0, debug)
         self._overlaps = not debug and Architecture.parse(arch).number >= 90
+        self.name = "extension, overlapping kernels" if self._overlaps else "extension"
 
     def launch(self, launch: Launch, stream: Any, *, behind_kernel: bool = False) -> None:
         self._kernels.launch(launch, stream.ptr, behind_kernel and self._overlapping(launch))
