@@ -17,7 +17,7 @@ from tiny_models import write_model
 
 from engine import LLM, SamplingParams
 from engine.errors import InvalidArgument
-from engine.eval import negative_log_likelihood, plot_comparison, read_text, token_losses, windows
+from engine.eval import build_parser, negative_log_likelihood, plot_comparison, read_text, token_losses, windows
 from engine.weights.locate import DEMO_DIRECTORY
 
 
@@ -87,6 +87,12 @@ def test_the_bundled_model_predicts_its_held_out_text(tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert report["tokens"] > 5_000
     assert 5 < report["perplexity"] < 60
+
+
+def test_layer_errors_have_no_cache_to_choose_a_type_for() -> None:
+    options = build_parser().parse_args(["layers", "--kv-cache-dtype", "fp8"])
+    with pytest.raises(InvalidArgument, match="leave --kv-cache-dtype at auto"):
+        options.main(options)
 
 
 def test_a_comparison_is_drawn(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from tiny_models import CASES, write_model
 from engine import LLM, SamplingParams
 from engine.config import EngineConfig
 from engine.errors import DeviceError, InvalidArgument, NumericalError, WeightsError
-from engine.generate import build_parser
 from engine.loading import kv_cache_scales
 from engine.models.registry import read_config
 from engine.ops.backends import select_backend
@@ -383,10 +382,6 @@ def test_a_cache_of_the_same_size_holds_twice_as_much() -> None:
 def test_unknown_names_are_refused(tmp_path: Path, value: Any) -> None:
     with pytest.raises(InvalidArgument, match="kv_cache_dtype"):
         LLM(write_model("qwen3_tied", tmp_path), kv_cache_dtype=value)
-
-
-def test_the_command_lines_have_it() -> None:
-    assert build_parser().parse_args(["-p", "x", "--kv-cache-dtype", "fp8"]).kv_cache_dtype == "fp8"
 
 
 # ---- scales of checkpoints -------------------------------------------------------------------------------------------

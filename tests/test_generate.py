@@ -199,6 +199,13 @@ def test_verbose_says_what_was_chosen(cli: Cli, tmp_path: Path) -> None:
     assert "Qwen3ForCausalLM" not in err
 
 
+def test_a_cache_in_fp8_is_told(cli: Cli, model: Path) -> None:
+    arguments = ("--model", model, "-p", "x", "--temp", "0", "-m", "3", "-v")
+    for option, told in (((), "tokens in bfloat16"), (("--kv-cache-dtype", "fp8"), "tokens in FP8 (E4M3)")):
+        code, _, err = cli(*arguments, *option)
+        assert code == 0 and told in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -216,6 +223,7 @@ def test_verbose_says_what_was_chosen(cli: Cli, tmp_path: Path) -> None:
         (("-p", "x", "--threads", "0"), "threads must be a whole number from 1 up, not 0"),
         (("-p", "x", "--device", "tpu"), "unknown device 'tpu'"),
         (("-p", "x", "--dtype", "int4"), "unknown dtype 'int4'"),
+        (("-p", "x", "--kv-cache-dtype", "int8"), "unknown kv_cache_dtype 'int8'; choose auto"),
         (("-p", "x" * 200), "200 tokens and at most 127 fit"),
         (("-p", "\udcff"), "lone surrogate"),
         (("--chat",), "has no chat template"),

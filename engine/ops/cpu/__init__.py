@@ -17,8 +17,8 @@ The C++ beside it, in reading order:
     prepare_fp4.cpp  fp4_quantize.h  fp4_lanes.h   activations into FP4, bit for bit `engine.ops.fp4`
     quantize_weight.cpp       weights into FP4, bit for bit `engine.ops.fp4.grades`
     fp4_linear.cpp  w4a16_linear.cpp  fp4_dot.h    products with FP4 weights
-    e4m3_lanes.h  fp8_tiles.h  packed_fp8.*    the same in FP8, bit for bit `engine.ops.fp8`
-    prepare_fp8.cpp  fp8_linear.cpp
+    fp8_tiles.h  packed_fp8.*  e4m3_lanes.h    FP8 weights in tiles; codes on vectors, the KV cache's too
+    prepare_fp8.cpp  fp8_linear.cpp            the same in FP8, bit for bit `engine.ops.fp8`
     attention_plan.*          how attention is shared out among threads
     bindings.*  bind_*.cpp    argument checks and the Python interface
 
