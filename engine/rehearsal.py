@@ -55,7 +55,7 @@ def start_runner(
 def _reserve(
     ops: Ops, most: StepLimits, rehearse: Callable[[StepLimits], None], plan: Callable[[], CachePlan]
 ) -> object:
-    """Rehearse steps of 1, 2, 4 … tokens, if the backend wants that; what the last of them took in passing.
+    """Rehearse steps of 16, 32, 64 … tokens, if the backend wants that; what the last of them took in passing.
 
     plan: of the cache beside what was rehearsed. Raises CapacityError, which names the largest steps that fit.
     """
@@ -94,7 +94,7 @@ def _too_large(steps: StepLimits, problem: CapacityError) -> CapacityError:
 
 def _sizes(tokens: int) -> list[int]:
     """Powers of two and the number itself: between two of them memory only grows, and no backend's kernels change."""
-    return [*(1 << i for i in range((tokens - 1).bit_length())), tokens]
+    return [*(1 << i for i in range(4, (tokens - 1).bit_length())), tokens]
 
 
 def _rehearse(runner: ModelRunner, limits: StepLimits) -> None:
