@@ -11,7 +11,7 @@
                                   void* out, int out_type, int M, int N, int K, int slice_k) {                         \
         const TileInput input = {x, nullptr, nullptr, x_stride, M, K};                                                 \
         const Epilogue epilogue = {1.0f, nullptr, nullptr, bias, residual, out, out_type, N};                          \
-        wgmma_linear<Paths::one, rows>(RowMajorTile<rows>{w, N, K}, input, epilogue, slice_k);                              \
+        wgmma_linear<rows>(RowMajorTile<rows>{w, N, K}, input, epilogue, slice_k);                              \
     }
 #if PTX_SM90A
 ENTRY(256)

@@ -121,62 +121,82 @@ struct Fp4Tile {
 // `permuted`; a sparse backbone, which comes with metadata, too: zeros where nothing was kept.
 // Grid: rows of eight k over blocks of any number of threads. Bytes: .56 in and 2 out a value.
 
-template <class Codes, bool permuted>
-__device__ __forceinline__ void expand_dense(const u8* codes, const u8* metadata, const void* scale, int block,
-                                             bf16* out, int M, int K) {
-    const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= static_cast<i64>(M) * K / 8) return;
-    const int k = static_cast<int>(i * 8 % K);
-    const i64 t = i * 8 / K;
-    u32 word, pairs[4];
-    if (metadata) {
-        const i64 bit = i * Codes::kMetadataBits;
-        word = Codes::expand(reinterpret_cast<const unsigned short*>(codes)[i], metadata[bit / 8] >> bit % 8);
-    } else {
-        word = reinterpret_cast<const u32*>(codes)[i];
+struct Fp4Path {
+    const u8 *codes, *metadata;
+    const void* scale;
+    int block, K;
+
+    template <class Codes>
+    __device__ __forceinline__ u32 scale_of(i64 t, int k) const {
+        return static_cast<const typename Codes::InputScale*>(scale)[t * (K / block) + k / block];
     }
-    const u32 of_block = static_cast<const typename Codes::InputScale*>(scale)[t * (K / block) + k / block];
-    Codes::input_values(word, of_block, k / 8 % 8, pairs);
-    reinterpret_cast<uint4*>(out)[i] = in_order<permuted>(pairs);
+
+    // Eight k of token t from k on.
+    template <class Codes, bool permuted>
+    __device__ __forceinline__ uint4 dense(i64 t, int k) const {
+        const i64 i = (t * K + k) / 8;
+        u32 word, pairs[4];
+        if (metadata) {
+            const i64 bit = i * Codes::kMetadataBits;
+            word = Codes::expand(reinterpret_cast<const unsigned short*>(codes)[i], metadata[bit / 8] >> bit % 8);
+        } else {
+            word = reinterpret_cast<const u32*>(codes)[i];
+        }
+        Codes::input_values(word, scale_of<Codes>(t, k), k / 8 % 8, pairs);
+        return in_order<permuted>(pairs);
+    }
+
+    // The four that a sparse backbone kept of them: each group of four k of the permuted order (or HiF4's own) gives two.
+    template <class Codes>
+    __device__ __forceinline__ uint2 kept(i64 t, int k) const {
+        const u32 codes_kept = reinterpret_cast<const unsigned short*>(codes)[(t * K + k) / 8];
+        u32 pairs[4];  // of kept ones 0 and 2, 1 and 3
+        Codes::input_values((codes_kept & 0xffu) | (codes_kept & 0xff00u) << 8, scale_of<Codes>(t, k), k / 8 % 8, pairs);
+        return Codes::kMetadataBits == 4 ? make_uint2(pairs[0], pairs[1])
+                                         : make_uint2(__byte_perm(pairs[0], pairs[1], 0x5410),
+                                                      __byte_perm(pairs[0], pairs[1], 0x7632));
+    }
+
+    // Word number `word` of the instructions' metadata [ceil(M / 16), K / 64, 32]; tokens there are not have 0100.
+    template <class Codes>
+    __device__ __forceinline__ u32 metadata_word(i64 word, int M) const {
+        const int lane = word & 31, q = lane & 3;
+        const i64 tile = word / 32 / (K / 64);
+        const int k = static_cast<int>(word / 32 % (K / 64)) * 64 + 16 * q;
+        u32 nibbles = 0;
+#pragma unroll
+        for (int high = 0; high < 2; ++high) {
+            const i64 t = tile * 16 + (lane >> 2) + 8 * high;
+            u32 own = 0x4444u;
+            if (t < M && Codes::kMetadataBits == 4) {  // a byte is two chunks of eight, each for two groups
+                const u32 two = metadata[(t * K + k) / 16];
+                own = (two & 15) * 0x11u | (two >> 4) * 0x1100u;
+            } else if (t < M) {
+                own = reinterpret_cast<const unsigned short*>(metadata)[(t * K + k) / 16];
+            }
+            nibbles |= own << 16 * high;
+        }
+        return nibbles;
+    }
+};
+
+template <class Codes, bool permuted>
+__device__ __forceinline__ void expand_dense(const Fp4Path& path, bf16* out, int M) {
+    const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int K = path.K;
+    if (i < static_cast<i64>(M) * K / 8)
+        reinterpret_cast<uint4*>(out)[i] = path.dense<Codes, permuted>(i * 8 / K, static_cast<int>(i * 8 % K));
 }
 
-// The kept half of a sparse backbone, out [M, K / 2], each group of four k of the permuted order (or HiF4's own) giving
-// two; and its metadata words [ceil(M / 16), K / 64, 32], tokens there are not 0100.
+// The kept half of a sparse backbone, out [M, K / 2], and its metadata words.
 template <class Codes>
-__device__ __forceinline__ void expand_sparse(const u8* codes, const u8* metadata, const void* scale, int block,
-                                              bf16* out, u32* words, int M, int K) {
-    constexpr bool kPairs = Codes::kMetadataBits == 4;
+__device__ __forceinline__ void expand_sparse(const Fp4Path& path, bf16* out, u32* words, int M) {
     const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;  // eight k of a row
-    if (i < static_cast<i64>(M) * K / 8) {
-        const int k = static_cast<int>(i * 8 % K);
-        const i64 t = i * 8 / K;
-        const u32 of_block = static_cast<const typename Codes::InputScale*>(scale)[t * (K / block) + k / block];
-        const u32 kept = reinterpret_cast<const unsigned short*>(codes)[i];
-        u32 pairs[4];  // of kept ones 0 and 2, 1 and 3
-        Codes::input_values((kept & 0xffu) | (kept & 0xff00u) << 8, of_block, k / 8 % 8, pairs);
-        reinterpret_cast<uint2*>(out)[i] =
-            kPairs ? make_uint2(pairs[0], pairs[1])
-                   : make_uint2(__byte_perm(pairs[0], pairs[1], 0x5410), __byte_perm(pairs[0], pairs[1], 0x7632));
-    }
-    const i64 word = i;  // the same threads, fewer of them: 32 for 16 rows × 64 k
-    if (word >= static_cast<i64>(ceil_div(M, 16)) * (K / 64) * 32) return;
-    const int lane = word & 31, q = lane & 3;
-    const i64 tile = word / 32 / (K / 64);
-    const int k = static_cast<int>(word / 32 % (K / 64)) * 64 + 16 * q;
-    u32 nibbles = 0;
-#pragma unroll
-    for (int high = 0; high < 2; ++high) {
-        const i64 t = tile * 16 + (lane >> 2) + 8 * high;
-        u32 own = 0x4444u;
-        if (t < M && kPairs) {  // a byte is two chunks of eight, each of which stands for two groups
-            const u32 two = metadata[(t * K + k) / 16];
-            own = (two & 15) * 0x11u | (two >> 4) * 0x1100u;
-        } else if (t < M) {
-            own = reinterpret_cast<const unsigned short*>(metadata)[(t * K + k) / 16];
-        }
-        nibbles |= own << 16 * high;
-    }
-    words[word] = nibbles;
+    const int K = path.K;
+    if (i < static_cast<i64>(M) * K / 8)
+        reinterpret_cast<uint2*>(out)[i] = path.kept<Codes>(i * 8 / K, static_cast<int>(i * 8 % K));
+    // The same threads, fewer of them: 32 for 16 rows × 64 k.
+    if (i < static_cast<i64>(ceil_div(M, 16)) * (K / 64) * 32) words[i] = path.metadata_word<Codes>(i, M);
 }
 
 // ---- entry points --------------------------------------------------------------------------------------------------
@@ -208,7 +228,7 @@ __device__ __forceinline__ void fp4_tile(const TileInput& input, TILE_PARAMETERS
 #define EXPAND_ENTRY(name, Codes, permuted)                                                                          \
     extern "C" __global__ void expand_##name(const u8* codes, const u8* metadata, const void* scale, int block,      \
                                              bf16* out, int M, int K) {                                              \
-        expand_dense<Codes, permuted>(codes, metadata, scale, block, out, M, K);                                     \
+        expand_dense<Codes, permuted>({codes, metadata, scale, block, K}, out, M);                                   \
     }
 #define FP4_TILE_ENTRIES(format, Codes)                                                                              \
     TILE_ENTRIES(format##_one_bf16, Codes, bf16, Paths::one)                                                         \
@@ -219,5 +239,5 @@ __device__ __forceinline__ void fp4_tile(const TileInput& input, TILE_PARAMETERS
     EXPAND_ENTRY(format##_permuted, Codes, Codes::kMetadataBits == 4)                                                \
     extern "C" __global__ void expand_##format##_sparse(const u8* codes, const u8* metadata, const void* scale,      \
                                                         int block, bf16* out, u32* words, int M, int K) {            \
-        expand_sparse<Codes>(codes, metadata, scale, block, out, words, M, K);                                       \
+        expand_sparse<Codes>({codes, metadata, scale, block, K}, out, words, M);                                     \
     }

@@ -9,7 +9,7 @@
         linear_wgmma_fp8_n##rows(const bf16* x, i64 x_stride, FP8_TILE_PARAMETERS) {                                   \
         const Fp8Tile<bf16, rows / 128> weight = {units, scale, steps, N, fp8_units_along_k(K)};                       \
         const Epilogue epilogue = {1.0f, token_scale, steps == 1 ? scale : nullptr, bias, residual, out, out_type, N}; \
-        wgmma_linear<Paths::one, rows>(weight, {x, nullptr, nullptr, x_stride, M, K}, epilogue, slice_k);                   \
+        wgmma_linear<rows>(weight, {x, nullptr, nullptr, x_stride, M, K}, epilogue, slice_k);                   \
     }
 #if PTX_SM90A
 ENTRY(256)

@@ -368,9 +368,10 @@ def tile_fp4(operand, matrix, *, kind=None, out_dtype=F32, bias=None, residual=N
     return out
 
 
-def expanded(operand, weight, kind, dev):
+def expanded(operand, weight, kind, dev, fragments=False):
     shapes = launch_linear.expanded_shapes(kind, len(operand.g), operand.K)
-    made = launch_linear.Expanded(kind, operand.g, **{name: dev.empty(*shape) for name, shape in shapes.items()})
+    arrays = {name: dev.empty(*shape) for name, shape in shapes.items()}
+    made = launch_linear.Expanded(kind, fragments, operand.g, **arrays)
     for launch in launch_linear.expand(device_operand(operand, dev), weight, made):
         dev.launch(launch)
     return made
@@ -389,7 +390,7 @@ def wgmma(x, weight, *, checked=False, schedule=SCHEDULES[0]):
             launch = launch_linear.w4a16_wgmma(dev.upload(x), units, Output(out))
         else:
             kind = "one" if isinstance(x, Fp4Matrix) else "sparse_and_dense" if x.sparse else "two"
-            launch = launch_linear.fp4_wgmma(expanded(x, units, kind, dev), units, Output(out))
+            launch = launch_linear.fp4_wgmma(expanded(x, units, kind, dev, True), units, Output(out))
     dev.launch(launch)
     return out
 

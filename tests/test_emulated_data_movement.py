@@ -312,14 +312,14 @@ def test_wgmma(kernel: str, n: int, adds: bool, a_mn: bool | None, b_mn: bool, u
         np.testing.assert_array_equal(layout.gather(registers).reshape(64, n), product + (c if adds else 0))
 
 
-@pytest.mark.parametrize("units", [1, 4, 8])
+@pytest.mark.parametrize(("units", "registers_for_a"), [(1, False), (4, False), (8, False), (8, True)])
 @pytest.mark.parametrize("selector", [0, 1])
-def test_sparse_wgmma(selector: int, units: int) -> None:
+def test_sparse_wgmma(selector: int, units: int, registers_for_a: bool) -> None:
     """Both halves of a sparse k = 64: each metadata nibble alone, then random ones; other lanes hold illegal words."""
     rng = np.random.default_rng(10 * units + selector)
     nibbles = np.full((64 * 8, 64, 8), 0b0100, np.uint8)
     nibbles.reshape(512, 512)[np.arange(512), np.arange(512)] = 0b1110
-    nibbles = np.concatenate([nibbles, rng.choice(LEGAL_NIBBLES, (8, 64, 8))])[:: 1 if units == 8 else 37]
+    nibbles = np.concatenate([nibbles, rng.choice(LEGAL_NIBBLES, (8, 64, 8))])[:: 1 if registers_for_a else 37]
     stored, b = rng.integers(-8, 9, (64, 32)).astype(BF16), rng.integers(-8, 9, (128, 64)).astype(BF16)
     c = rng.integers(-99, 100, (len(nibbles), 64, 128)).astype(np.float32)
     in_a, in_b, layout = SharedMatrix(stored, False, min(units, 4)), SharedMatrix(b, False, units), accumulator(128)
@@ -327,19 +327,18 @@ def test_sparse_wgmma(selector: int, units: int) -> None:
     for half in (0, 1):
         words = layout.scatter(c.reshape(-1, 16, 128).view(np.uint32))
         registers = words.view(np.float32).copy()
-        descriptors = [np.uint64(in_a.descriptor(0, half)), np.uint64(in_b.descriptor(4096, 2 * half))]
-        arguments = [
-            image,
-            np.int32(len(image)),
-            *descriptors,
-            metadata_64x32(nibbles, selector, 0xFFFFFFFF),
-            registers,
-        ]
-        grid = (len(nibbles), 1, 1)
-        probe("sm_90a").launch(f"wgmma_sp_128_{selector}", grid, (128, 1, 1), len(image), arguments)
+        kept = np.ascontiguousarray(stored[:, 16 * half : 16 * half + 16])
+        kernel = f"wgmma_sp_128_{selector}"
+        of_a: Array | np.generic = np.uint64(in_a.descriptor(0, half))
+        if registers_for_a:
+            kernel = f"wgmma_sp_128_registers_{selector}"
+            of_a = np.tile(A_16.scatter(kept.view(np.uint16).reshape(4, 16, 16)), (len(nibbles), 1, 1))
+        of_b, metadata = np.uint64(in_b.descriptor(4096, 2 * half)), metadata_64x32(nibbles, selector, 0xFFFFFFFF)
+        arguments = [image, np.int32(len(image)), of_a, of_b, metadata, registers]
+        probe("sm_90a").launch(kernel, (len(nibbles), 1, 1), (128, 1, 1), len(image), arguments)
         a = np.zeros((len(nibbles), 64, 32), np.float32)
-        kept = np.broadcast_to(stored[:, 16 * half : 16 * half + 16].astype(np.float32), (len(nibbles), 64, 16))
-        np.put_along_axis(a, picked_k(nibbles, 1), kept, axis=2)
+        values = np.broadcast_to(kept.astype(np.float32), (len(nibbles), 64, 16))
+        np.put_along_axis(a, picked_k(nibbles, 1), values, axis=2)
         product = a @ b[:, 32 * half : 32 * half + 32].astype(np.float32).T
         np.testing.assert_array_equal(layout.gather(registers).reshape(c.shape), product + c)
 

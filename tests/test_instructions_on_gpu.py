@@ -184,8 +184,9 @@ def test_wgmma_rounding(n: int) -> None:
     both(f"wgmma_{n}_kk", 1, 128, image.nbytes, args)
 
 
+@pytest.mark.parametrize("registers", ["", "_registers"])
 @pytest.mark.parametrize("selector", [0, 1])
-def test_sparse_wgmma(selector: int) -> None:
+def test_sparse_wgmma(selector: int, registers: str) -> None:
     """A's kept 64 × 16, B's 128 × 32, both without swizzle, and metadata of each case and lane: map and rounding."""
     rng = np.random.default_rng(selector)
     image = (rng.standard_normal(64 * 16 + 128 * 32) * 2.0 ** rng.integers(-12, 1, 64 * 16 + 128 * 32)).astype(BF16)
@@ -193,5 +194,6 @@ def test_sparse_wgmma(selector: int) -> None:
     cases = CASES // 8
     words = metadata(rng)[: 4 * cases].reshape(cases, 128)
     c = (rng.standard_normal((cases, 128, 64)) * 2.0 ** rng.integers(-20, 4, (cases, 128, 64))).astype(np.float32)
-    args = [image.view(np.uint8), np.int32(image.nbytes), np.uint64(a), np.uint64(b), words, c]
-    both(f"wgmma_sp_128_{selector}", cases, 128, image.nbytes, args)
+    of_a = reals(rng, 4, BF16, 12)[: 4 * cases].reshape(cases, 128, 4) if registers else np.uint64(a)
+    args = [image.view(np.uint8), np.int32(image.nbytes), of_a, np.uint64(b), words, c]
+    both(f"wgmma_sp_128{registers}_{selector}", cases, 128, image.nbytes, args)

@@ -425,7 +425,16 @@ void multiply(const Warp& warp, const uint16_t (&a)[16][16], const uint16_t (&b)
     }
 }
 
-int first_row() { return static_cast<int>(16 * (warp_id() % 4)); }
+// A warp's 16 rows of 16 stored k: four registers from `first` on, or the matrix that it describes.
+template <bool in_registers>
+void fetch_a(const Warp& warp, int first, int scale_d, uint16_t (&a)[16][16]) {
+    if constexpr (in_registers) {
+        unpack_a<2>(Fragment<4>(warp, first).word, a);
+    } else {
+        const auto row = static_cast<int>(16 * (warp_id() % 4));
+        read_matrix(descriptor_of(warp, first), warp.lane[0]->get(scale_d + 3) != 0, row, 16, read_unit, a);
+    }
+}
 
 // Operands: N / 2 accumulators; A as four registers or a descriptor; B's descriptor; scale-d; the signs of A and B,
 // which must be 1; transposition of A (where it is in shared memory) and B.
@@ -434,28 +443,24 @@ void wgmma(const Warp& warp) {
     constexpr int first = N / 2, b_at = first + (a_in_registers ? 4 : 1), scale_d = b_at + 1;
     const Frame& frame = *warp.lane[0];
     uint16_t a[16][16], b[N][16];
-    if constexpr (a_in_registers) {
-        unpack_a<2>(Fragment<4>(warp, first).word, a);
-    } else {
-        read_matrix(descriptor_of(warp, first), frame.get(scale_d + 3) != 0, first_row(), 16, read_unit, a);
-    }
+    fetch_a<a_in_registers>(warp, first, scale_d, a);
     read_matrix(descriptor_of(warp, b_at), frame.get(scale_d + (a_in_registers ? 3 : 4)) != 0, 0, N, read_unit, b);
     multiply<element>(warp, a, b, nullptr, scale_d);
 }
 
-// Operands: N / 2 accumulators, descriptors of A and B, metadata, selector, scale-d, signs, transpositions.
-template <Element element, int N>
+// Operands: the same, with metadata and selector behind B's descriptor.
+template <Element element, int N, bool a_in_registers>
 void wgmma_sparse(const Warp& warp) {
-    constexpr int first = N / 2, scale_d = first + 4;
+    constexpr int first = N / 2, b_at = first + (a_in_registers ? 4 : 1), scale_d = b_at + 3;
     const Frame& frame = *warp.lane[0];
-    const Fragment<1> metadata(warp, first + 2);
+    const Fragment<1> metadata(warp, b_at + 1);
     Picked picked;
-    require_legal(warp, pick_16(metadata.single(), selector_of(warp, first + 3, 1), picked));
+    require_legal(warp, pick_16(metadata.single(), selector_of(warp, b_at + 2, 1), picked));
     uint16_t a[16][16], b[N][32];
-    const MatrixDescriptor of_b = descriptor_of(warp, first + 1);
+    fetch_a<a_in_registers>(warp, first, scale_d, a);
+    const MatrixDescriptor of_b = descriptor_of(warp, b_at);
     if (of_b.swizzle_units == 2) frame.fail("32 k of B are not emulated with 32 bytes of swizzle");
-    read_matrix(descriptor_of(warp, first), frame.get(scale_d + 3) != 0, first_row(), 16, read_unit, a);
-    read_matrix(of_b, frame.get(scale_d + 4) != 0, 0, N, read_unit, b);
+    read_matrix(of_b, frame.get(scale_d + (a_in_registers ? 3 : 4)) != 0, 0, N, read_unit, b);
     multiply<element>(warp, a, b, &picked, scale_d);
 }
 
@@ -539,7 +544,9 @@ const std::vector<Entry>& instruction_table() {
          wgmma<Element::bf16, 256, true>, 900, 909, true},
         // "wgmma … .sp": metadata as CUTLASS arranges it, rounding derived.
         {"wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.bf16.bf16", "+f64 l l r i p i i i i", nullptr,
-         wgmma_sparse<Element::bf16, 128>, 900, 909, true},
+         wgmma_sparse<Element::bf16, 128, false>, 900, 909, true},
+        {"wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.bf16.bf16", "+f64 r4 l r i p i i i", nullptr,
+         wgmma_sparse<Element::bf16, 128, true>, 900, 909, true},
         // "setp", "selp", "mov": sure.
         {"setp.ne.b32", "=p x x", set_not_equal, nullptr, 0, any, false},
         {"selp.b32", "=r x x p", select, nullptr, 0, any, false},

@@ -329,6 +329,16 @@ extern "C" __global__ void bulk_pipeline(const int* from, int rounds, int flaw, 
             ptx::wgmma_sp_m64n128k32_bf16<selector>(rc, da, db, re[0], true);                                    \
         });                                                                                                      \
     }
+#define WARPGROUP_SPARSE_REGISTERS(name, selector)                                                               \
+    extern "C" __global__ void name(const unsigned char* image, int bytes, const uint32_t* a, uint64_t b,        \
+                                    const uint32_t* e, float* c) {                                               \
+        uint32_t ra[4], re[1];                                                                                   \
+        fetch(ra, a);                                                                                            \
+        fetch(re, e);                                                                                            \
+        warpgroup<128>(image, bytes, 0, b, c, [&](float(&rc)[64], uint64_t, uint64_t db) {                       \
+            ptx::wgmma_sp_m64n128k32_bf16<selector>(rc, ra, db, re[0], true);                                    \
+        });                                                                                                      \
+    }
 #if PTX_SM90A
 WARPGROUP(wgmma_64_kk, 64, true, 0, 0)
 WARPGROUP(wgmma_64_km, 64, true, 0, 1)
@@ -342,6 +352,8 @@ WARPGROUP_REGISTERS(wgmma_128_registers, 128, 0)
 WARPGROUP_REGISTERS(wgmma_256_registers, 256, 0)
 WARPGROUP_SPARSE(wgmma_sp_128_0, 0)
 WARPGROUP_SPARSE(wgmma_sp_128_1, 1)
+WARPGROUP_SPARSE_REGISTERS(wgmma_sp_128_registers_0, 0)
+WARPGROUP_SPARSE_REGISTERS(wgmma_sp_128_registers_1, 1)
 
 extern "C" __global__ void registers_between_warpgroups(int* out) {
     if (threadIdx.x < 128) {

@@ -267,9 +267,13 @@ def plan_tile(
 
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """Activations in FP4 as bf16 [M, padded K], in memory that `expand` fills; arrays as `expanded_shapes` says."""
+    """Activations in FP4 as bf16, in memory that `expand` fills; arrays as `expanded_shapes` says.
+
+    fragments: in the order of wgmma's registers (cuda/linear_fp4_wgmma.cuh) and not row by row.
+    """
 
     kind: Kind
+    fragments: bool
     g: Any  # float32 [M]
     first: Any
     second: Any = None
@@ -284,57 +288,42 @@ def prefill_kind(operand: Any) -> Kind:
 
 
 def expanded_shapes(kind: Kind, M: int, K: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Field of `Expanded` -> shape and dtype in device memory."""
+    """Field of `Expanded` -> shape and dtype in device memory. Rows are padded to 16, which fragments have."""
     P, bf16, sparse = padded(K), np.dtype(ml_dtypes.bfloat16), kind.startswith("sparse")
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {"first": ((M, P // 2 if sparse else P), bf16)}
+    tiles = -(-M // 16)
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {"first": ((16 * tiles, P // 2 if sparse else P), bf16)}
     if kind in ("two", "sparse_and_dense"):
-        shapes["second"] = ((M, P), bf16)
+        shapes["second"] = ((16 * tiles, P), bf16)
     if sparse:
-        shapes["metadata"] = ((-(-M // 16), P // 64, 32), np.dtype(np.uint32))
+        shapes["metadata"] = ((tiles, P // 64, 32), np.dtype(np.uint32))
     return shapes
 
 
 def expand(operand: Any, weight: Fp4Units, to: Expanded) -> list[Launch]:
     """Launches that fill `to` from an operand as `fp4_decode` takes it. kind "one": a single path, or the residual of a
     SharQ operand; "two": both of its paths, the backbone dense or made so; "sparse": its sparse backbone."""
-    name, permuted = fp4_name(weight), to.kind.startswith("sparse") and weight.format != "hif4"
-    dense = f"{name}_{'permuted' if permuted else 'dense'}"
     if not hasattr(operand, "residual"):
-        return [_expand_dense(dense, name, operand.payload, None, operand.scale, to.first)]
+        return [_expand(weight, to, to.first, operand.payload, None, operand.scale)]
+    residual = [operand.residual, None, operand.residual_scale]
     if to.kind == "one":
-        return [_expand_dense(dense, name, operand.residual, None, operand.residual_scale, to.first)]
-    if to.kind == "two":
-        first = _expand_dense(dense, name, operand.backbone, operand.meta, operand.backbone_scale, to.first)
-    else:
-        first = _expand_sparse(name, operand, to)
-    if to.kind == "sparse":
-        return [first]
-    return [first, _expand_dense(dense, name, operand.residual, None, operand.residual_scale, to.second)]
+        return [_expand(weight, to, to.first, *residual)]
+    backbone = [operand.backbone, operand.meta, operand.backbone_scale]
+    first = _expand(weight, to, to.first, *backbone, words=to.metadata)
+    return [first] if to.kind == "sparse" else [first, _expand(weight, to, to.second, *residual)]
 
 
-def _expand_dense(kernel: str, name: str, codes: Any, metadata: Any, scale: Any, out: Any) -> Launch:
-    M, K = out.shape
-    args = [codes, metadata, scale, np.int32(K // scale.shape[1]), out, np.int32(M), np.int32(K)]
-    grid = (-(-M * K // 8 // EXPAND_THREADS), 1, 1)
-    return Launch(f"linear_{name}_tile.cu", f"expand_{kernel}", grid, (EXPAND_THREADS, 1, 1), 0, args)
-
-
-def _expand_sparse(name: str, operand: Any, to: Expanded) -> Launch:
-    M, K = to.first.shape[0], 2 * to.first.shape[1]
-    block = np.int32(K // operand.backbone_scale.shape[1])
-    args = [
-        operand.backbone,
-        operand.meta,
-        operand.backbone_scale,
-        block,
-        to.first,
-        to.metadata,
-        np.int32(M),
-        np.int32(K),
-    ]
-    threads = max(M * K // 8, int(np.prod(to.metadata.shape)))
-    grid = (-(-threads // EXPAND_THREADS), 1, 1)
-    return Launch(f"linear_{name}_tile.cu", f"expand_{name}_sparse", grid, (EXPAND_THREADS, 1, 1), 0, args)
+def _expand(
+    weight: Fp4Units, to: Expanded, out: Any, codes: Any, metadata: Any, scale: Any, words: Any = None
+) -> Launch:  # fmt: skip
+    """One path; words: the instructions' metadata, where it stays sparse."""
+    name, M, K = fp4_name(weight), len(to.g), out.shape[1] * (1 if words is None else 2)
+    order = "permuted" if to.kind.startswith("sparse") and weight.format != "hif4" else "dense"
+    kernel = f"expand_{name}_{order if words is None else 'sparse'}{'_fragments' if to.fragments else ''}"
+    source = f"linear_{name}_{'wgmma' if to.fragments else 'tile'}.cu"
+    args = [codes, metadata, scale, np.int32(K // scale.shape[1]), out, *([] if words is None else [words])]
+    values = len(out) * K // 8  # threads with one store each; as many as words of metadata at least
+    grid = (-(-values // EXPAND_THREADS), 1, 1)
+    return Launch(source, kernel, grid, (EXPAND_THREADS, 1, 1), 0, [*args, np.int32(M), np.int32(K)])
 
 
 def tile(x: Any, w: Any, output: Output, plan: TilePlan) -> Launch:
@@ -379,12 +368,16 @@ class WgmmaPlan:
     shared: int
 
 
-def plan_wgmma(M: int, N: int, kind: Kind = "one", *, copied_weight: bool, sliced: bool) -> WgmmaPlan:
+def plan_wgmma(M: int, N: int, *, copied_weight: bool, sliced: bool) -> WgmmaPlan:
     """sliced: whether sums must be cut along K, which only narrow tiles do. The order of sums follows from `rows`, so
     that depends on N and the product, not on M."""
     rows = 128 if sliced or N < 4096 else 256
-    stage = WGMMA_TOKENS * STAGE_BYTES[kind] + (rows * 128 if copied_weight else 0)
-    pipeline = WGMMA_STAGES * stage + (0 if copied_weight else 3 * rows * 128)
+    stage = WGMMA_TOKENS * 128 + (rows * 128 if copied_weight else 0)
+    return _wgmma_plan(M, N, rows, WGMMA_STAGES * stage + (0 if copied_weight else 3 * rows * 128))
+
+
+def _wgmma_plan(M: int, N: int, rows: int, pipeline: int) -> WgmmaPlan:
+    """pipeline: bytes of shared memory before results take it."""
     shared = max(pipeline, 4 * WGMMA_TOKENS * (rows + RESULT_PADDING))
     return WgmmaPlan(rows, (-(-M // WGMMA_TOKENS), -(-N // rows), 1), shared)
 
@@ -396,29 +389,28 @@ def wgmma(x: Any, w: Any, output: Output) -> Launch:
         raise InvalidArgument(f"x and w must be bfloat16 and K a multiple of 8; got {x.dtype}, {w.dtype} and K = {K}")
     plan = plan_wgmma(M, N, copied_weight=True, sliced=False)
     args = [x, row_stride(x), w, *_tile_arguments(output, M, N, K)]
-    return _wgmma_launch("linear_bf16_wgmma.cu", "linear_wgmma_bf16", plan, args)
+    return _wgmma_launch("linear_bf16_wgmma.cu", f"linear_wgmma_bf16_n{plan.rows}", plan, args)
 
 
 def w4a16_wgmma(x: Any, weight: Fp4Units, output: Output) -> Launch:
     """x [M, K] bfloat16."""
     plan = plan_wgmma(len(x), weight.N, copied_weight=False, sliced=False)
-    args = [x, None, None, row_stride(x), weight.units, None, weight.g]
-    args += _tile_arguments(output, len(x), weight.N, weight.K)
+    args = [x, row_stride(x), weight.units, None, weight.g, *_tile_arguments(output, len(x), weight.N, weight.K)]
     name = fp4_name(weight)
-    return _wgmma_launch(f"linear_{name}_wgmma.cu", f"linear_wgmma_{name}_one", plan, args)
+    return _wgmma_launch(f"linear_{name}_wgmma.cu", f"linear_wgmma_{name}_bf16_n{plan.rows}", plan, args)
 
 
 def fp4_wgmma(operand: Expanded, weight: Fp4Units, output: Output) -> Launch:
-    """operand: of kind "one", "two" or "sparse_and_dense"."""
+    """operand: fragments of kind "one", "two" or "sparse_and_dense"."""
     M, K, name = len(operand.g), padded(weight.K), fp4_name(weight)
-    plan = plan_wgmma(M, weight.N, operand.kind, copied_weight=False, sliced=True)
-    args = [operand.first, operand.second, operand.metadata, np.int64(K), weight.units, operand.g, weight.g]
+    plan = _wgmma_plan(M, weight.N, 128, 4 * 128 * 128)  # four buffers of weights
+    args = [operand.first, operand.second, operand.metadata, weight.units, operand.g, weight.g]
     args += _tile_arguments(output, M, weight.N, K)
     return _wgmma_launch(f"linear_{name}_wgmma.cu", f"linear_wgmma_{name}_{operand.kind}", plan, args)
 
 
 def _wgmma_launch(source: str, kernel: str, plan: WgmmaPlan, args: list[Any]) -> Launch:
-    return Launch(source, f"{kernel}_n{plan.rows}", plan.grid, (256, 1, 1), plan.shared, args)
+    return Launch(source, kernel, plan.grid, (256, 1, 1), plan.shared, args)
 
 
 def expand_fp8(codes: Any, out: Any) -> Launch:
@@ -439,7 +431,7 @@ def w8a16_wgmma(x: Any, weight: Fp8Units, output: Output, token_scale: Any = Non
     several_scales = weight.scale.shape[0] > 1
     plan = plan_wgmma(len(x), weight.N, copied_weight=False, sliced=several_scales)
     args = [x, row_stride(x), *_fp8_arguments(weight), token_scale, *_tile_arguments(output, *_shape(x, weight))]
-    return _wgmma_launch("linear_fp8_wgmma.cu", "linear_wgmma_fp8", plan, args)
+    return _wgmma_launch("linear_fp8_wgmma.cu", f"linear_wgmma_fp8_n{plan.rows}", plan, args)
 
 
 def _shape(x: Any, weight: Fp8Units) -> tuple[int, int, int]:

@@ -46,8 +46,9 @@ class PrefillProducts:
         kind = launch_linear.prefill_kind(operand)
         shapes = launch_linear.expanded_shapes(kind, len(operand.g), operand.K)
         arrays = {name: self._scratch.take(f"expanded {name}", *shape) for name, shape in shapes.items()}
-        expanded = Expanded(kind, operand.g, **arrays)
-        if self._on_wgmma(_BF16):
+        on_wgmma = self._on_wgmma(_BF16)
+        expanded = Expanded(kind, on_wgmma, operand.g, **arrays)
+        if on_wgmma:
             product = launch_linear.fp4_wgmma(expanded, weight, output)
         else:
             product = launch_linear.fp4_tile(expanded, weight, output, self._plan_tile(output, kind))
