@@ -562,13 +562,6 @@ def test_fp8_of_many_tokens(arch):
         assert_close(many_fp8(operand, matrix, arch=arch), values @ fp8_values(matrix).T, 2e-6)
 
 
-def test_families():
-    bf16, f16 = BF16, F16
-    assert [launch_linear.family("sm_90a", M, bf16) for M in (1, 64, 65)] == ["decode", "decode", "wgmma"]
-    assert launch_linear.family("sm_90a", 65, f16) == launch_linear.family("sm_80", 65, bf16) == "tile"
-    assert launch_linear.family("sm_90a", 4096, bf16, deterministic=True) == "decode"
-
-
 def test_what_products_refuse():
     rng = np.random.default_rng(21)
     matrix = fp4_matrix(rng, 16, 64, "mxfp4", 32)

@@ -37,11 +37,6 @@ MOST_SPLIT = 4 * 32 * 128
 DECODE_TOKENS = 64  # two column groups of 32: beyond, dequantising over and over costs more than reading
 
 
-def prefill_family(arch: str, dtype: np.dtype[Any]) -> Literal["tile", "wgmma"]:
-    """Of prefill rows on `arch` ("sm_80" … "sm_120a"); dtype: of 16-bit activations, bfloat16 for others."""
-    return "wgmma" if arch == "sm_90a" and dtype == ml_dtypes.bfloat16 else "tile"
-
-
 def slice_k(K: int) -> int:
     """How many k are summed before the sum is added to others': a power of two, at most 8 slices."""
     size = 256

@@ -14,8 +14,7 @@ import numpy as np
 
 from engine.ops.gpu import launch_linear
 from engine.ops.gpu.device import Device
-from engine.ops.gpu.host_build import Architecture
-from engine.ops.gpu.launch import Launch
+from engine.ops.gpu.launch import Launch, shared_limit
 from engine.ops.gpu.launch_linear import Expanded, Kind, Output, TilePlan
 from engine.ops.gpu.staging import Scratch
 from engine.ops.gpu.weight_layout import Fp4Units, Fp8Units
@@ -29,7 +28,7 @@ class PrefillProducts:
     def __init__(self, device: Device, scratch: Scratch) -> None:
         self._arch = device.arch
         self._sms = device.sms
-        self._shared_limit = Architecture.parse(device.arch).shared_limit
+        self._shared_limit = shared_limit(device.arch)
         self._scratch = scratch
 
     def linear(self, x: Any, w: Any, output: Output) -> list[Launch]:
@@ -64,7 +63,7 @@ class PrefillProducts:
         return [launch_linear.w8a16_tile(x, weight, output, self._plan_tile(output), token_scale)]
 
     def _on_wgmma(self, dtype: np.dtype[Any]) -> bool:
-        return launch_linear.prefill_family(self._arch, dtype) == "wgmma"
+        return self._arch == "sm_90a" and dtype == _BF16
 
     def _plan_tile(self, output: Output, kind: Kind = "one", *, copied_weight: bool = False) -> TilePlan:
         M, N = output.out.shape
