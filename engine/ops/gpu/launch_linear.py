@@ -299,10 +299,10 @@ def expand(operand: Any, weight: Fp4Units, to: Expanded) -> list[Launch]:
     SharQ operand; "two": both of its paths, the backbone dense or made so; "sparse": its sparse backbone."""
     if not hasattr(operand, "residual"):
         return [_expand(weight, to, to.first, operand.payload, None, operand.scale)]
-    residual = [operand.residual, None, operand.residual_scale]
+    residual = (operand.residual, None, operand.residual_scale)
     if to.kind == "one":
         return [_expand(weight, to, to.first, *residual)]
-    backbone = [operand.backbone, operand.meta, operand.backbone_scale]
+    backbone = (operand.backbone, operand.meta, operand.backbone_scale)
     first = _expand(weight, to, to.first, *backbone, words=to.metadata)
     return [first] if to.kind == "sparse" else [first, _expand(weight, to, to.second, *residual)]
 
