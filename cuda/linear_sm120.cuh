@@ -350,7 +350,6 @@ __device__ __forceinline__ void linear_fp4(const Fp4Activations& x, const u8* we
     using Tile = typename Block::Tile;
     constexpr int kStages = Block::kStages, kTiles = Shape::kTiles, kColumnTiles = 2 * Shape::kUnits;
     extern __shared__ __align__(128) u8 shared[];
-    ptx::wait_for_earlier_kernels();
     const int lane = lane_of_warp(), warp = warp_of_block(), g = lane >> 2, q = lane & 3;
     const int warp_token = warp / Shape::kRowWarps * 16 * kTiles, warp_unit = warp % Shape::kRowWarps * Shape::kUnits;
     const int first_token = blockIdx.x * Shape::kTokens, tokens = min(Shape::kTokens, M - first_token);
@@ -411,6 +410,16 @@ __device__ __forceinline__ void linear_fp4(const Fp4Activations& x, const u8* we
                                                          sums[i]);
     };
 
+    ptx::launch_dependents();
+    if (Shape::kReadOnce) {  // the first weights, which no kernel writes, come as near as L2 meanwhile
+        const int bytes = min(kStages - 1, last_unit - fetched) * Block::kUnitBytes;
+#pragma unroll 1
+        for (int tile = 0; tile < tiles; ++tile)
+            for (int at = 128 * threadIdx.x; at < bytes; at += 128 * Shape::kThreads)
+                ptx::prefetch_l2(weight_unit(weights, first_row / kTileRows + tile, fetched, units, Block::kUnitBytes)
+                                 + at);
+    }
+    ptx::grid_dependency_wait();
 #pragma unroll 1  // the instructions come from memory, too
     for (int i = 0; i < kStages - 1; ++i) fetch();
 #pragma unroll 1
