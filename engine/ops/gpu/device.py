@@ -71,7 +71,7 @@ class Device(Protocol):
 class RehearsalDevice:
     """Takes memory as the device it stands for does, and computes nothing: what is launched, sent or read is not.
 
-    passing: what was taken, so that nothing of it can be taken twice before this is gone.
+    passing: what was taken, kept from others until this is gone.
     """
 
     def __init__(self, device: Device) -> None:
