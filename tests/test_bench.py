@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from engine import LLM
 from engine.bench import gemm, model, synthetic, versus_llama_cpp
 from engine.bench.__main__ import build_parser
-from engine.bench.gemm import Product, fitting, memory_needed
+from engine.bench.gemm import Product, fitting, memory_needed, operand_bytes
 from engine.bench.report import as_csv, as_markdown, load_pyplot
 from engine.bench.shapes import SHAPES, any_config, fused_linears, shape_config
 from engine.bench.steps import OneSequence
@@ -36,6 +36,8 @@ from engine.ops.fp8 import E4M3
 from engine.ops.reference import ReferenceOps
 from engine.quant.registry import METHODS, LayerMethods, bits_per_weight, resolve
 from engine.workspace import Workspace
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
@@ -192,6 +194,25 @@ def test_gemm_reports_every_method(tmp_path: Path, small_device: CpuDevice, caps
         assert {name for name in METHODS if found.pop(("prepare o", M, name), None)} == set(METHODS) - plain
     assert not found
     assert all(row["microseconds"] > 0 and row["rounds"] >= 3 for row in report["rows"])
+    moved = {(row["layer"], row["method"]): row["bytes"] for row in report["rows"] if row["M"] == 3}
+    codes, scales = 3 * 64 * (1 / 4 + 1 / 2 + 1 / 16), 3 * 64 * (1 / 32 + 1 / 16) + 3 * 4  # with metadata, with g
+    assert moved["prepare o", "sharq"] == 3 * 64 * 2 + codes + scales
+    assert moved["prepare qkv", "sharq"] == moved["prepare o", "sharq"] + 64 * 4  # the norm's weight
+    assert moved["prepare qkv", "bf16"] == 2 * 3 * 64 * 2 + 64 * 4
+    assert moved["prepare down", "nvfp4"] == 3 * 96 * (4 + 9 / 16) + 3 * 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "numpy"])
+def test_bytes_of_operands(device: str) -> None:
+    try:
+        ops = select_backend(device)
+    except DeviceError as error:
+        pytest.skip(str(error))
+    x = np.ones((3, 128), BF16)
+    assert operand_bytes(x) == 768
+    assert operand_bytes(ops.prepare_fp8(x)) == 3 * 128 + 12
+    assert operand_bytes(ops.prepare_fp4(x, format="mxfp4")) == 3 * (64 + 4) + 12
+    assert operand_bytes(ops.prepare_sharq(x, sparse=False)) == 3 * (128 + 16) + 12
 
 
 def test_gemm_output_forms(tmp_path: Path, small_device: CpuDevice, capsys: pytest.CaptureFixture[str]) -> None:

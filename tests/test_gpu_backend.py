@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from tiny_models import write_model
 
 from engine import LLM, SamplingParams
+from engine.bench.backbone import backbone_calls
 from engine.errors import DeviceError, InvalidArgument, NumericalError
 from engine.ops.backends import select_backend
 from engine.ops.contract import Ops
+from engine.ops.fp4.split import paths
 from engine.ops.gpu.backend import GpuOps
 from engine.ops.gpu.device import EmulatedDevice
 from engine.ops.gpu.emulator import EmulatedModule
@@ -49,6 +51,24 @@ def random(rows: int, columns: int, seed: int, dtype: Any = BF16) -> NDArray[Any
 
 
 # ---- one layer, fed the same input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [3, 80])
+def test_the_benchmarks_sparse_path_alone(gpu: GpuOps, T: int) -> None:
+    """Where few rows have no sparse product, the residual's dense one stands for it."""
+    N, K = 40, 192
+    w, x = fp4.quantize_weight(random(N, K, 1), format="nvfp4", block=32), random(T, K, 2)
+    packed, operand, out = (
+        gpu.pack_fp4([w]),
+        gpu.prepare_sharq(gpu.constant(x)),
+        gpu.empty((T, N), np.dtype(np.float32)),
+    )
+    for call in backbone_calls(gpu, operand, [packed], out):
+        call()
+    sparse, residual = paths(REFERENCE.prepare_sharq(x))
+    multiplied = sparse if T == 80 or not packed.placed else residual
+    expected = REFERENCE.fp4_linear(multiplied, REFERENCE.pack_fp4([w]), out=np.zeros((T, N), np.float32))
+    np.testing.assert_allclose(gpu.to_host(out), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", [name for name, rule in FP4_METHODS.items() if rule.paths != "weights only"])

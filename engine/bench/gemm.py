@@ -5,8 +5,12 @@ so few rows a product takes as long as its weights take to be read, so the machi
 and again in every round, and each figure comes with its share of it. Weights are used in rotation, from sets twice as
 large as the last-level cache, because in a model each layer's weights were last seen a whole step ago. What a method
 does to activations beforehand (with the norm or the SwiGLU that it is fused with) has rows of its own. On a GPU,
-NVIDIA's libraries are measured beside the methods where they are installed: cuBLAS in bf16, cuBLASLt in FP8; and more
-than 64 rows (`--m 256 1024`) are multiplied as those of a prompt are, by kernels of their own.
+NVIDIA's libraries are measured beside the methods where they are installed: cuBLAS in bf16, cuBLASLt in FP8; beside
+SharQ its sparse path alone (`engine.bench.backbone`); and more than 64 rows (`--m 256 1024`) are multiplied as those of
+a prompt are, by kernels of their own.
+
+A product's bytes are its weights'. A preparation's are what it reads and writes; up to 64 rows it finds its input where
+the layer before has left it, in a cache, and of more rows it takes inputs in rotation too.
 
 Values are random and repeat every 256 rows: they do not change how long a product takes. Times are medians over rounds
 in which every method has its turn, Python's part of a call included; ratios and shares are medians of the ratios within
@@ -17,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +30,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from engine.bench import backbone
 from engine.bench.cublas import BF16_PEER, FP8_PEER, Peer, peers
 from engine.bench.machine import describe_machine
 from engine.bench.report import Row, add_output_options, as_markdown, distinct_colors, load_pyplot, write_report
@@ -44,6 +49,10 @@ from engine.workspace import Workspace
 BF16 = np.dtype(ml_dtypes.bfloat16)
 LAYERS = ("qkv", "o", "gate_up", "down", "head")
 _CEILING = "read"
+_IN_CACHE = 64  # rows up to which activations stay in a cache from one layer to the next
+_OPERAND_ARRAYS = (
+    "g", "backbone", "meta", "backbone_scale", "residual", "residual_scale", "payload", "codes", "scale"
+)  # fmt: skip
 _MEMORY_SHARE = 0.9  # of what is available: the rest is for the operating system and for what the estimate leaves out
 
 
@@ -180,10 +189,14 @@ def measure(product: Product, methods: Mapping[str, LinearMethod], setup: Setup)
             operand = method.prepare(x)
             multiply = partial(method.matmul, operand, out=out, num_decode_rows=decode_rows(M, setup.device.ops))
             calls[name] = [partial(multiply, weight=weight) for weight in weights[name]]
+        if "sharq" in methods and isinstance(setup.device, GpuDevice):
+            ops, operand = setup.device.gpu_ops, methods["sharq"].prepare(x)
+            calls[backbone.NAME] = backbone.backbone_calls(ops, operand, weights["sharq"], out)
+            sizes[backbone.NAME] = sizes["sharq"]
         calls |= _peer_calls(setup.peers, others, M)
         yield from _timed(product, product.layer, M, calls, sizes, setup)
-        calls, nbytes = _preparations(product, methods, M, setup.device)
-        yield from _timed(product, f"prepare {product.layer}", M, calls, dict.fromkeys(calls, nbytes), setup)
+        calls, moved = _preparations(product, methods, M, setup.device)
+        yield from _timed(product, f"prepare {product.layer}", M, calls, moved, setup)
 
 
 def _weights(product: Product, name: str, method: LinearMethod, device: BenchDevice) -> list[Any]:
@@ -211,23 +224,45 @@ def _peer_calls(found: Mapping[str, Peer], weights: Mapping[str, list[Any]], M: 
 
 def _preparations(
     product: Product, methods: Mapping[str, LinearMethod], M: int, device: BenchDevice
-) -> tuple[dict[str, list[Call]], int]:
-    """What turns activations into this layer's operand, per method, and the bytes it reads.
+) -> tuple[dict[str, list[Call]], dict[str, int]]:
+    """What turns activations into this layer's operand, per method, and the bytes a call reads and writes.
 
     Only where a decoder layer has such a step of its own: gate|up and the head repeat what q|k|v shows.
     """
     K = product.K
-    if product.layer == "qkv":
-        x, norm = device.array(_random(M, K)), device.array(np.ones(K, np.float32))
-        return {name: [partial(method.prepare_norm, x, norm, 1e-6)] for name, method in methods.items()}, x.nbytes
-    if product.layer == "o":
-        x = device.array(_random(M, K))
-        steps = {name: method for name, method in methods.items() if method.prepare(x) is not x}
-        return {name: [partial(method.prepare, x)] for name, method in steps.items()}, x.nbytes
-    if product.layer == "down":
-        x = device.array(_random(M, 2 * K))
-        return {name: [partial(method.prepare_silu_mul, x)] for name, method in methods.items()}, x.nbytes
-    return {}, 0
+    if product.layer not in ("qkv", "o", "down"):
+        return {}, {}
+    x = _random(M, 2 * K if product.layer == "down" else K)
+    copies = copies_for(x.nbytes, device.rotation_bytes) if M > _IN_CACHE else 1
+    inputs = [device.array(x) for _ in range(copies)]
+    norm = np.ones(K, np.float32)
+    weight = device.array(norm)
+    calls: dict[str, list[Call]] = {}
+    nbytes: dict[str, int] = {}
+    for name, method in methods.items():
+        steps: dict[str, Callable[[Any], Any]] = {
+            "qkv": partial(_after_norm, method, weight),
+            "o": method.prepare,
+            "down": method.prepare_silu_mul,
+        }
+        step = steps[product.layer]
+        operand = step(inputs[0])
+        if operand is not inputs[0]:
+            calls[name] = [partial(step, x) for x in inputs]
+            nbytes[name] = x.nbytes + operand_bytes(operand) + (norm.nbytes if product.layer == "qkv" else 0)
+    return calls, nbytes
+
+
+def _after_norm(method: LinearMethod, weight: Any, x: Any) -> Any:
+    return method.prepare_norm(x, weight, 1e-6)
+
+
+def operand_bytes(operand: Any) -> int:
+    """Of an array, or of an operand's arrays, whichever backend's and in one path or two."""
+    if hasattr(operand, "nbytes"):
+        return int(operand.nbytes)
+    arrays = (getattr(operand, name, None) for name in _OPERAND_ARRAYS)
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 def _random(M: int, K: int) -> Array:
@@ -243,7 +278,7 @@ def _timed(
     nbytes: Mapping[str, int],
     setup: Setup,
 ) -> Iterator[Row]:
-    """One row per method; nbytes: what a call must read at least."""
+    """One row per method; nbytes: what a call must move at least."""
     if not calls:
         return
     times = interleaved(setup.device, {_CEILING: [setup.reader], **calls}, setup.seconds)

@@ -104,7 +104,8 @@ class GpuDevice:
 
     def __init__(self, device: CudaDevice, *, deterministic: bool = False) -> None:
         self.device = device
-        self.ops: Ops = QuickGpuOps(device, deterministic=deterministic)
+        self.gpu_ops = QuickGpuOps(device, deterministic=deterministic)
+        self.ops: Ops = self.gpu_ops
         self.rotation_bytes = 2 * device.l2_bytes
         self.notes: list[str] = []
 
