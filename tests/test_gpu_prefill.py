@@ -6,6 +6,7 @@ depend on the other, nor on where a chunk begins. Against the CPU's definition t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -45,13 +46,13 @@ PROMPT = np.random.default_rng(0).integers(0, 256, 100).tolist()
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of all products launched, in order; `linear_` is left out, and what follows on a block's size."""
+    """Names of all products launched, in order, without the block's size; "expand" for what comes before one."""
     names: list[str] = []
     launch = EmulatedDevice.launch
 
     def recorded(device: EmulatedDevice, what: Launch) -> None:
         if what.kernel.startswith(("linear_", "expand_")):
-            names.append(what.kernel.removeprefix("linear_").rpartition("_")[0])
+            names.append(re.sub(r"^linear_|(?<=expand)_.*|_[tmn]\d+$", "", what.kernel))
         launch(device, what)
 
     monkeypatch.setattr(EmulatedDevice, "launch", recorded)
@@ -88,19 +89,19 @@ def product(ops: Ops, name: str, rows: slice, num_decode_rows: int | None, dtype
     return ops.to_host(out)
 
 
-# Launches of the prefill rows. The last is the product: on mma.sync's tiles it says the activations' type, too.
+# Of the prefill rows: launches that expand the operand, and the product on mma.sync's tiles and on wgmma.
 KERNELS = {
-    "bf16": ["bf16"],
-    "w4a16": ["nvfp4x16_one"],
-    "w8a16": ["fp8"],
-    "fp8": ["expand", "fp8"],
-    "nvfp4": ["expand_nvfp4x16", "nvfp4x16_one"],
-    "mxfp4": ["expand_mxfp4", "mxfp4_one"],
-    "hif4": ["expand_hif4", "hif4_one"],
-    "sharq": ["expand_nvfp4x32"] * 2 + ["nvfp4x32_sparse_and_dense"],
-    "sharq-mxfp4": ["expand_mxfp4"] * 2 + ["mxfp4_sparse_and_dense"],
-    "sharq-hif4": ["expand_hif4"] * 2 + ["hif4_sparse_and_dense"],
-    "sharq-dense": ["expand_nvfp4x32"] * 2 + ["nvfp4x32_two"],
+    "bf16": (0, "tile_bf16", "wgmma_bf16"),
+    "w4a16": (0, "tile_nvfp4x16_one_bf16", "wgmma_nvfp4x16_bf16"),
+    "w8a16": (0, "tile_fp8_bf16", "wgmma_fp8"),
+    "fp8": (1, "tile_fp8_bf16", "wgmma_fp8"),
+    "nvfp4": (1, "tile_nvfp4x16_one_bf16", "wgmma_nvfp4x16_one"),
+    "mxfp4": (1, "tile_mxfp4_one_bf16", "wgmma_mxfp4_one"),
+    "hif4": (1, "tile_hif4_one_bf16", "wgmma_hif4_one"),
+    "sharq": (2, "tile_nvfp4x32_sparse_and_dense_bf16", "wgmma_nvfp4x32_sparse_and_dense"),
+    "sharq-mxfp4": (2, "tile_mxfp4_sparse_and_dense_bf16", "wgmma_mxfp4_sparse_and_dense"),
+    "sharq-hif4": (2, "tile_hif4_sparse_and_dense_bf16", "wgmma_hif4_sparse_and_dense"),
+    "sharq-dense": (2, "tile_nvfp4x32_two_bf16", "wgmma_nvfp4x32_two"),
 }
 CASES = [(arch, name) for arch in ("sm_90", "sm_90a") for name in KERNELS] + [("sm_80", "bf16"), ("sm_80", "sharq")]
 
@@ -109,10 +110,9 @@ CASES = [(arch, name) for arch in ("sm_90", "sm_90a") for name in KERNELS] + [("
 def test_a_products_two_kinds_of_rows(arch: str, name: str, kernels: list[str]) -> None:
     ops, everything = gpu(arch), slice(0, T)
     mixed = product(ops, name, everything, DECODE, BF16)
-    *expand, own = KERNELS[name]
-    own = f"wgmma_{own}" if arch == "sm_90a" else f"tile_{own}{'' if name == 'bf16' else '_bf16'}"
+    expanding, tile, wgmma = KERNELS[name]
     assert kernels[0].startswith("decode_"), "decode rows have a product of their own"
-    assert kernels[1:] == [*expand, own]
+    assert kernels[1:] == ["expand"] * expanding + [wgmma if arch == "sm_90a" else tile]
     reference = product(ReferenceOps(), name, everything, None, BF16)
     assert np.abs(mixed - reference).max() <= 1e-5 * np.abs(reference).max()
     cut = 50  # of a chunk, not at a tile's border
