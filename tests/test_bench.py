@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +27,7 @@ from engine.bench.shapes import SHAPES, any_config, fused_linears, shape_config
 from engine.bench.steps import OneSequence
 from engine.bench.timing import Call, CpuDevice, copies_for, interleaved, last_level_cache
 from engine.config import QuantConfig
+from engine.core import Batch
 from engine.errors import DeviceError, InvalidArgument
 from engine.fp4_types import Fp4Matrix
 from engine.fp8_types import Fp8Matrix
@@ -35,6 +37,7 @@ from engine.ops.backends import select_backend
 from engine.ops.fp8 import E4M3
 from engine.ops.reference import ReferenceOps
 from engine.quant.registry import METHODS, LayerMethods, bits_per_weight, resolve
+from engine.runner import ModelRunner
 from engine.workspace import Workspace
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -302,6 +305,27 @@ def test_one_sequence_is_the_model(chunk: int, tmp_path: Path, monkeypatch: pyte
     starts = range(0, 20, chunk)
     found = [sequence.predict(tokens[start : start + chunk], start) for start in starts]
     assert found == [expected[min(start + chunk, 20) - 1] for start in starts]
+
+
+def test_long_prompts_prefill_as_they_are_scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps of one, the last of a single token too; shorter prompts and generated tokens decode."""
+    tiny_shape(monkeypatch)
+    ops = select_backend("cpu", 1)
+    monkeypatch.setattr(type(ops), "short_prompt_tokens", 8)
+    monkeypatch.setattr(model, "_STEP", 4)
+    decoder = synthetic.random_decoder(shape_config("tiny"), ops, synthetic.BF16, resolve(QuantConfig("bf16"), None))
+    sequence, kinds = OneSequence(decoder, ops, synthetic.BF16, 20), []
+    hidden = ModelRunner.hidden
+
+    def recorded(runner: ModelRunner, batch: Batch) -> Any:
+        kinds.append((len(batch.token_ids), batch.num_decode_rows))
+        return hidden(runner, batch)
+
+    monkeypatch.setattr(ModelRunner, "hidden", recorded)
+    for steps, begin, end in ((model._prompt, 0, 9), (model._prompt, 5, 13), (model._one_by_one, 9, 10)):
+        for step in steps(sequence, list(range(20)), begin, end):
+            step()
+    assert kinds == [(4, 0), (4, 0), (1, 0), (4, None), (4, None), (1, None)]
 
 
 def test_written_models_are_sharded_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
