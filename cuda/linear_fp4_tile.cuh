@@ -2,7 +2,7 @@
 // packed units to shared memory. Formats: fp4_decode.cuh; layout: weight_layout.cuh.
 //
 //   w4a16               x [M, K] bf16, or f16 for nvfp4 (whose values f16 has too)
-//   one, two            activations in FP4 expanded to bf16, which is exact (expand_fp4.cuh), in one path or two
+//   one, two            activations in FP4 expanded to bf16, which is exact (below), in one path or two
 //   sparse_and_dense    SharQ: the backbone on mma.sp at half the multiplications, 1.5 passes' worth in one
 //   sparse              the backbone alone; with `one` for the residual what the paper describes, two products
 //

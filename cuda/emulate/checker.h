@@ -24,8 +24,9 @@
 // any thread with a __syncthreads on both sides.
 //
 // Accumulators are known by their variables' addresses: from issue to wait nobody may touch them, and after a touch
-// comes a wgmma.fence before the next wgmma on them. Not seen: A's fragments and metadata in registers; a first wgmma's
-// accumulators written between fence and issue. Stricter than GPUs may be: each warp of a warpgroup retires its own
+// comes a wgmma.fence before the next wgmma on them. Not seen: A's fragments and metadata in registers, which the
+// compiler does know (it serialises wgmma where they change too early); a first wgmma's accumulators written between
+// fence and issue. Stricter than GPUs may be: each warp of a warpgroup retires its own
 // part; a fence of a third thread between named barriers or mbarriers does not count.
 #pragma once
 
