@@ -42,6 +42,15 @@ def test_they_wait_before_they_touch_anything_or_end(source: str) -> None:
         assert touched == ({"LDGSTS"} if name.startswith("linear_decode_") else set()), name
 
 
+@pytest.mark.parametrize("source", sorted(WAITING))
+def test_what_others_may_write_is_not_read_as_constant(source: str) -> None:
+    """ld.global.nc may read what lay there when the kernel began, which is before the wait. FP8 weights have scales."""
+    arch = "sm_120a" if source.endswith("_sm120.cu") else "sm_90a"
+    for name, kernel in kernels(source, arch).items():
+        constant = [instruction.name for instruction in kernel.instructions if "CONSTANT" in instruction.name]
+        assert not constant or name.startswith("linear_decode_fp8_"), name
+
+
 def test_older_gpus_have_no_such_instruction() -> None:
     for kernel in kernels("rms_norm.cu", "sm_89").values():
         assert not {WAIT, NEXT} & {instruction.name for instruction in kernel.instructions}

@@ -17,7 +17,8 @@ SHARED_LIMITS = {70: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100:
 
 
 # Files all of whose kernels wait for those before them (ptx::grid_dependency_wait in cuda/mma.cuh): the kernels of
-# decode steps. These alone may be launched while the kernel before still runs (programmatic dependent launch).
+# decode steps. These alone may be launched while the kernel before still runs (programmatic dependent launch). None
+# reads what others write by ld.global.nc: that is for what does not change while a kernel runs.
 WAITING = frozenset(
     f"{name}.cu"
     for name in (
