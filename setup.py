@@ -63,6 +63,7 @@ KERNEL_SOURCES = (
     "linear.cpp",
     "prepare_fp4.cpp",
     "prepare_fp8.cpp",
+    "quantize_feedback.cpp",
     "quantize_weight.cpp",
     "rope.cpp",
     "rows.cpp",

@@ -113,6 +113,17 @@ class Backend:
     def quantize_weight(
         self, w: Array, format: str, block: int, grade: str
     ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.float32]]: ...
+    def quantize_feedback(
+        self,
+        w: Array,
+        g: float,
+        format: str,
+        block: int,
+        first: NDArray[np.float32],
+        later: NDArray[np.float32],
+        weight: NDArray[np.float32],
+        refinements: int,
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]: ...
     def pack_fp4(self, shards: Sequence[Fp4Matrix]) -> PackedFp4: ...
     def fp4_linear(
         self,

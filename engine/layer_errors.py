@@ -9,8 +9,9 @@ gate, up count apart though they are multiplied together. The head is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +23,16 @@ from engine.config import ModelConfig, QuantConfig
 from engine.layers import Context
 from engine.loading import fill_model
 from engine.models.decoder import Decoder
+from engine.models.linears import linear_modules
 from engine.ops.contract import Array, Ops
 from engine.quant.as_stored import AsStored
+from engine.quant.grades import needs_layer
 from engine.quant.method import LinearMethod, Weight
+from engine.quant.recipe import Recipe
 from engine.quant.registry import LayerMethods
 from engine.quant.scheme import HEAD
 from engine.weights.checkpoint import Checkpoint
+from engine.weights.quantised_on_reading import QuantisedOnReading
 from engine.workspace import Workspace
 
 F32 = NDArray[np.float32]
@@ -52,18 +57,26 @@ class Probe:
 
     name = "probe"
 
-    def __init__(self, errors: Sequence[LayerError], full: AsStored, other: LinearMethod, ops: Ops) -> None:
+    def __init__(
+        self,
+        errors: Sequence[LayerError],
+        full: AsStored,
+        other: LinearMethod,
+        ops: Ops,
+        shards: Callable[[], Sequence[Weight]] | None,
+    ) -> None:
         self._errors = errors  # of each shard
         self._full = full
         self._other = other
         self._ops = ops
+        self._shards = shards  # for the other method, where it does not quantise what it is given
         self._ends: list[int] = []  # of the shards' outputs
 
     def pack(self, shards: Sequence[Weight]) -> Any:
         assert all(isinstance(shard, np.ndarray) for shard in shards), "only plain checkpoints are probed"
         arrays: list[Array] = list(shards)  # type: ignore[arg-type]
         self._ends = list(np.cumsum([len(array) for array in arrays]))
-        return self._full.pack(arrays), self._other.pack(arrays)
+        return self._full.pack(arrays), self._other.pack(arrays if self._shards is None else self._shards())
 
     def prepare(self, x: Array) -> Array:
         return self._full.prepare(x)
@@ -116,14 +129,17 @@ def layer_errors(
     full = AsStored(ops, Workspace(ops))
     others = LayerMethods(quant, ops, Workspace(ops))
 
-    def probes(names: Sequence[str], K: int) -> LinearMethod:
-        if tuple(names) == (HEAD,):
-            return full
-        errors.update((name, LayerError()) for name in names)
-        return Probe([errors[name] for name in names], full, others(names, K), ops)
-
-    model = Decoder(config, Context(ops, Workspace(ops), dtype, probes))
     with Checkpoint(directory) as checkpoint:
+        quantised = _quantised(checkpoint, config, quant, ops) if needs_layer(quant.grade) else None
+
+        def probes(names: Sequence[str], K: int) -> LinearMethod:
+            if tuple(names) == (HEAD,):
+                return full
+            errors.update((name, LayerError()) for name in names)
+            shards = None if quantised is None else partial(_tensors, quantised, names)
+            return Probe([errors[name] for name in names], full, others(names, K), ops, shards)
+
+        model = Decoder(config, Context(ops, Workspace(ops), dtype, probes))
         fill_model(model, checkpoint, ops)
     texts = list(windows)
     sequence = OneSequence(model, ops, dtype, max(map(len, texts)))
@@ -131,6 +147,15 @@ def layer_errors(
         for start in range(0, len(tokens), _STEP):
             sequence.run(tokens[start : start + _STEP], start)
     return errors
+
+
+def _quantised(source: Checkpoint, config: ModelConfig, quant: QuantConfig, ops: Ops) -> QuantisedOnReading:
+    recipe = Recipe(quant.method, quant.grade, fallback=quant.fallback)
+    return QuantisedOnReading(source, recipe, ops, linear_modules(config), None, config.head_dim)
+
+
+def _tensors(source: QuantisedOnReading, modules: Sequence[str]) -> list[Weight]:
+    return [source.tensor(f"{module}.weight") for module in modules]
 
 
 def kind_and_depth(module: str) -> tuple[str, int]:

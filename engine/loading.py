@@ -24,16 +24,19 @@ from engine.layers import Context
 from engine.models.decoder import Decoder
 from engine.models.linears import EMBEDDING, linear_modules
 from engine.ops.contract import Ops
+from engine.quant.grades import needs_layer
 from engine.quant.recipe import Recipe
 from engine.quant.registry import AS_STORED, LayerMethods, weight_format
 from engine.quant.scheme import HEAD, QuantScheme
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.coverage import fill
 from engine.weights.quant_cache import CachedWeights
+from engine.weights.quantised_on_reading import QuantisedOnReading
 from engine.weights.quantized import LogicalCheckpoint, Weight
 from engine.workspace import Workspace
 
 WORTH_CACHING = 1 << 27  # quantised weights: fewer take under a second
+Weights = Checkpoint | LogicalCheckpoint | CachedWeights | QuantisedOnReading
 Progress = Callable[
     [str], AbstractContextManager[Callable[[int, int], None]]
 ]  # a task's name -> its progress(done, total)
@@ -66,7 +69,7 @@ def load_model(
     """
     with ExitStack() as stack:  # closed files: what the model keeps mapped stays valid
         weights, origin = _open(config, directory, ops, quant, scheme, cache, progress, stack)
-        if isinstance(weights, CachedWeights) and f"{HEAD}.weight" in weights.names():
+        if isinstance(weights, CachedWeights | QuantisedOnReading) and f"{HEAD}.weight" in weights.names():
             config = replace(config, tie_word_embeddings=False)  # a quantised head is a copy
         workspace = Workspace(ops)
         stored = None if isinstance(weights, Checkpoint) else weights.storages()
@@ -103,7 +106,7 @@ def kv_cache_scales(directory: Path, scheme: QuantScheme | None, num_layers: int
 
 def fill_model(
     model: Decoder,
-    weights: Checkpoint | LogicalCheckpoint | CachedWeights,
+    weights: Weights,
     ops: Ops,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -129,22 +132,26 @@ def _open(
     cache: bool,
     progress: Progress,
     stack: ExitStack,
-) -> tuple[Checkpoint | LogicalCheckpoint | CachedWeights, str]:
+) -> tuple[Weights, str]:
     """The weights, and where those that are quantised come from."""
     if scheme is not None:
         return stack.enter_context(LogicalCheckpoint(directory, scheme)), f"from the checkpoint, {scheme.name}"
     source = stack.enter_context(Checkpoint(directory))
     linears = linear_modules(config)
-    if not cache or quant.method == AS_STORED or sum(N * K for N, K in linears.values()) < WORTH_CACHING:
-        return source, "quantised while loading"
-    recipe = Recipe(quant.method, quant.grade, quant.head or AS_STORED, quant.fallback)
     tied = f"{EMBEDDING}.weight" if config.tie_word_embeddings else None
-    try:
-        with progress("quantising") as update:
-            cached = CachedWeights(source, recipe, ops, linears, tied, cache_directory("quantised"), update)
-    except (WeightsError, InvalidArgument) as problem:  # a full disk, another process at work; worse shows up again
-        return source, f"quantised while loading, not cached ({problem})"
-    return stack.enter_context(cached), f"cached in {cached.entry_directory}"
+    origin = "quantised while loading"
+    if quant.method == AS_STORED:
+        return source, origin
+    recipe = Recipe(quant.method, quant.grade, quant.head or AS_STORED, quant.fallback)
+    what = (source, recipe, ops, linears, tied, config.head_dim)
+    if cache and sum(N * K for N, K in linears.values()) >= WORTH_CACHING:
+        try:
+            with progress("quantising") as update:
+                cached = CachedWeights(*what, cache_directory("quantised"), update)
+            return stack.enter_context(cached), f"cached in {cached.entry_directory}"
+        except (WeightsError, InvalidArgument) as problem:  # a full disk, another process at work; worse shows up again
+            origin = f"{origin}, not cached ({problem})"
+    return QuantisedOnReading(*what) if needs_layer(quant.grade) else source, origin
 
 
 def _described(quant: QuantConfig, origin: str) -> str:

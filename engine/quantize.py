@@ -70,7 +70,7 @@ def quantize_model(
     linears = linear_modules(config)
     tied = f"{EMBEDDING}.weight" if config.tie_word_embeddings else None
     with Checkpoint(source) as checkpoint:
-        plan = conversion.plan_conversion(checkpoint, recipe, export.as_layout(layout), linears, tied)
+        plan = conversion.plan_conversion(checkpoint, recipe, export.as_layout(layout), linears, tied, config.head_dim)
         quantized = {item.name.removesuffix(".weight") for item in plan.items if item.kind is not None}
         left = [module for module in linears if module not in quantized]
         described = export.describe(recipe, export.as_layout(layout), left, __version__)

@@ -27,6 +27,7 @@ from engine.errors import InvalidArgument, NumericalError, WeightsError
 from engine.fp4_types import Fp4Matrix
 from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Ops
+from engine.quant.gram import Layer
 from engine.quant.recipe import Kind, Recipe
 from engine.quant.scheme import Storage
 from engine.weights.checkpoint import INDEX, SINGLE, Checkpoint
@@ -35,6 +36,7 @@ from engine.weights.parts import FLOATS
 from engine.weights.safetensors_file import DTYPES, SafetensorsFile
 from engine.weights.write import save_safetensors
 
+_REVISION = 2  # raised when the same recipe makes other bits: gram's rule is the second
 RECORD = "quantize.json"  # in the work folder: what is being made, from what
 _SHARD_BYTES = 256 << 20  # of quantised weights held at once; half a bf16 layer of a model with 7 billion parameters
 _COPIED = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "LICENSE*", "NOTICE*")
@@ -66,6 +68,7 @@ class Plan:
     source: Checkpoint
     recipe: Recipe
     shards: tuple[Shard, ...]
+    head_dim: int
     record: Mapping[str, Any]
 
     @property
@@ -83,14 +86,15 @@ def plan_conversion(
     layout: Layout,
     linears: Mapping[str, tuple[int, int]],
     tied: str | None,
+    head_dim: int,
     *,
     plain: bool = True,
 ) -> Plan:
     """linears: module -> (N, K) of the layers to quantise as the recipe says, `lm_head` among them if it has a head.
 
     tied: the tensor that is the head's weight as well, if there is one; a quantised head is then made from it and the
-    two part. plain: whether the copy holds the other tensors too. Raises InvalidArgument (K that does not fit),
-    WeightsError (tensors missing or of another shape).
+    two part. head_dim: the attention's. plain: whether the copy holds the other tensors too. Raises InvalidArgument
+    (K that does not fit), WeightsError (tensors missing or of another shape).
     """
     kinds = recipe.kinds(linears)
     items = [item for item in _items(source, layout, kinds, linears, tied) if plain or item.kind is not None]
@@ -101,7 +105,8 @@ def plan_conversion(
     files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in source.files}
     made = {shard.file: [item.name for item in shard.items] for shard in shards}
     settings = [recipe.quant, recipe.grade, recipe.head, recipe.fallback, layout]
-    return Plan(source, recipe, shards, {"source": files, "recipe": settings, "shards": made})
+    record = {"revision": _REVISION, "source": files, "recipe": settings, "shards": made}
+    return Plan(source, recipe, shards, head_dim, record)
 
 
 def _items(
@@ -229,7 +234,7 @@ def write_shards(
     Raises NumericalError naming the tensor, WeightsError for the disk.
     """
     total, done, resumed = sum(item.source_nbytes for item in plan.items), 0, 0
-    ahead: dict[str, Fp4Matrix | Fp8Matrix] = {}
+    quantiser = Quantiser(plan, ops)
     _check_space(plan, work)
     for shard in plan.shards:
         if _finished(work / shard.file, shard):
@@ -239,7 +244,7 @@ def write_shards(
             continue
         tensors: dict[str, NDArray[Any]] = {}
         for item in shard.items:
-            tensors |= _made(item, plan, ops, ahead)
+            tensors |= _made(item, plan, quantiser)
             done += item.source_nbytes
             progress(done, total)
         save_safetensors(work / shard.file, tensors, metadata)
@@ -252,18 +257,43 @@ def write_shards(
     return resumed
 
 
-def _made(item: Item, plan: Plan, ops: Ops, ahead: dict[str, Fp4Matrix | Fp8Matrix]) -> dict[str, NDArray[Any]]:
-    """The item's tensors. ahead: weights, by their source, that were quantised together with an earlier one."""
+class Quantiser:
+    """Makes a plan's weights one by one, and keeps those that had to be made with an earlier one."""
+
+    def __init__(self, plan: Plan, ops: Ops) -> None:
+        self._plan = plan
+        self._ops = ops
+        self._wanted = {item.source for item in plan.items if item.kind is not None}
+        self._ahead: dict[str, Fp4Matrix] = {}
+
+    def take(self, item: Item) -> Fp4Matrix | Fp8Matrix:
+        """The weight of an item that has a kind. Raises NumericalError naming the tensor."""
+        assert item.kind is not None
+        source, recipe = self._plan.source, self._plan.recipe
+        layer = recipe.layer_of(item.source, item.kind)
+        try:
+            if layer is None:
+                return recipe.quantize(source.tensor(item.source), item.kind, self._ops)
+            if item.source not in self._ahead:
+                self._ahead |= self._made_together(layer, item.kind)
+            return self._ahead.pop(item.source)
+        except NumericalError as problem:
+            where = f"tensor {item.source!r}" if layer is None else f"the layer of tensor {item.source!r}"
+            raise NumericalError(f"{source.entry(item.source).file}: {where}: {problem}") from problem
+
+    def _made_together(self, layer: Mapping[str, str], kind: Kind) -> dict[str, Fp4Matrix]:
+        tensors = {field: self._plan.source.tensor(name) for field, name in layer.items()}
+        wanted = [field for field, name in layer.items() if name in self._wanted]
+        whole = Layer(**tensors, head_dim=self._plan.head_dim)
+        made = self._plan.recipe.quantize_layer(whole, wanted, kind, self._ops)
+        return {layer[field]: matrix for field, matrix in made.items()}
+
+
+def _made(item: Item, plan: Plan, quantiser: Quantiser) -> dict[str, NDArray[Any]]:
+    """The item's tensors."""
     if item.kind is None or item.storage is None:
         return {item.name: plan.source.tensor(item.source)}
-    try:
-        if item.source not in ahead:
-            together = plan.recipe.together(item.source.removesuffix(".weight"))
-            shards = {f"{module}.weight": plan.source.tensor(f"{module}.weight") for module in together}
-            ahead |= zip(shards, plan.recipe.quantize(list(shards.values()), item.kind, ops), strict=True)
-        weight = ahead.pop(item.source)
-    except NumericalError as problem:
-        raise NumericalError(f"{plan.source.entry(item.source).file}: tensor {item.source!r}: {problem}") from problem
+    weight = quantiser.take(item)
     plan.source.release(item.source)
     return tensors_of(item.name.removesuffix(".weight"), weight, item.storage)
 

@@ -23,14 +23,12 @@ from engine.weights.conversion import Plan, check_target, plan_conversion, publi
 from engine.weights.quantized import LogicalCheckpoint, LogicalEntry, Weight
 from engine.weights.safetensors_file import TensorEntry
 
-_REVISION = 1  # of the arithmetic and the files: raised when entries made before must not be used
-
 
 class CachedWeights:
     """A plain checkpoint with some of its weights quantised: `Checkpoint`'s face. Also a context manager.
 
-    ops: what quantises, on every backend to the same bits. linears, tied: as for `plan_conversion`. The entry in
-    `cache` is made if it is not there; progress(done, total) counts the source's bytes while it is. Raises
+    ops: what quantises, on every backend to the same bits. linears, tied, head_dim: as for `plan_conversion`. The
+    entry in `cache` is made if it is not there; progress(done, total) counts the source's bytes while it is. Raises
     InvalidArgument, WeightsError and NumericalError as conversion does, WeightsError also where the cache cannot be
     written.
     """
@@ -42,10 +40,11 @@ class CachedWeights:
         ops: Ops,
         linears: Mapping[str, tuple[int, int]],
         tied: str | None,
+        head_dim: int,
         cache: Path,
         progress: Callable[[int, int], None],
     ) -> None:
-        plan = plan_conversion(source, recipe, "native", linears, tied, plain=False)
+        plan = plan_conversion(source, recipe, "native", linears, tied, head_dim, plain=False)
         self.directory = source.directory
         self.entry_directory = cache / _key(plan)
         self._source = source
@@ -87,7 +86,7 @@ class CachedWeights:
 
 
 def _key(plan: Plan) -> str:
-    text = json.dumps([_REVISION, str(plan.source.directory.resolve()), plan.record])
+    text = json.dumps([str(plan.source.directory.resolve()), plan.record])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

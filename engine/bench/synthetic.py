@@ -79,7 +79,7 @@ def random_weight(method: str, N: int, K: int, ops: Ops) -> Weight:
     if method == AS_STORED:
         return _repeated(w, N)
     recipe = Recipe(method, "rtn")
-    (m,) = recipe.quantize([w], recipe.body, ReferenceOps())
+    m = recipe.quantize(w, recipe.body, ReferenceOps())
     if isinstance(m, Fp8Matrix):
         return Fp8Matrix(_repeated(m.payload, N), _repeated(m.scale, N), m.tile)
     return Fp4Matrix(m.format, _repeated(m.payload, N), _repeated(m.scale, N), _repeated(m.g, N))

@@ -10,8 +10,8 @@ Guarantees each backend gives:
   rows, on how a prefill was cut into chunks or on the number of threads. Hence every reduction order is a function of
   K, D or the absolute position alone. A backend with `short_prompt_tokens` has one order for decode rows and another
   for prefill rows, in products and attention (`num_decode_rows` says which are which, see `Batch`); others ignore it;
-* `rms_norm`, `rope_and_cache`, `silu_mul`, `embed` and the codes of `prepare_*` and `quantize_weight` have the same
-  bits on every backend (their arithmetic is fixed in `reference`, `engine.ops.fp4` and `engine.ops.fp8`); `linear`,
+* `rms_norm`, `rope_and_cache`, `silu_mul`, `embed` and the codes of `prepare_*` and `quantize_*` have the same bits
+  on every backend (their arithmetic is fixed in `reference`, `engine.ops.fp4` and `engine.ops.fp8`); `linear`,
   `fp4_linear`, `w4a16_linear`, `fp8_linear`, `w8a16_linear` and `attention` may differ between backends in accumulation
   order only.
 """
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from engine.core import Batch, SamplingRow, StepLimits
 from engine.fp4_types import Format, Fp4Matrix
 from engine.fp8_types import Fp8Matrix
+from engine.ops.fp4.feedback import Feedback
 from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
 
@@ -201,6 +202,13 @@ class Ops(Protocol):
 
         w float32, bfloat16 or float16, N ≥ 1, K a multiple of the block (nvfp4 16 or 32, mxfp4 32, hif4 64). Raises
         InvalidArgument (a grade the format does not have) and NumericalError (NaN, infinity).
+        """
+
+    def quantize_feedback(
+        self, w: Array, g: np.float32, feedback: Feedback, *, format: Format, block: int
+    ) -> Fp4Matrix:
+        """w [N, K], finite, with the global scale g and codes that make up for each other's errors, to the bits of
+        `engine.ops.fp4.feedback`. Types and shapes as for `quantize_weight`; nvfp4 and mxfp4 only (InvalidArgument).
         """
 
     def pack_fp4(self, shards: Sequence[Fp4Matrix], *, weights_only: bool = False) -> PackedFp4:

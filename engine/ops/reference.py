@@ -33,6 +33,8 @@ from engine.ops import fp8
 from engine.ops.contract import Array, Norm
 from engine.ops.fp4 import blocks, grades, product
 from engine.ops.fp4.elements import pack
+from engine.ops.fp4.feedback import Feedback
+from engine.ops.fp4.feedback import quantize as quantize_with_feedback
 from engine.ops.fp4.split import ScaleRule, scaled_rows, split
 
 F32 = NDArray[np.float32]
@@ -308,6 +310,13 @@ class ReferenceOps:
 
     def quantize_weight(self, w: Array, *, format: Format, block: int, grade: grades.Grade) -> Fp4Matrix:
         return grades.quantize(w, fmt=blocks.block_format(format, block), grade=grade)
+
+    def quantize_feedback(
+        self, w: Array, g: np.float32, feedback: Feedback, *, format: Format, block: int
+    ) -> Fp4Matrix:
+        if format == "hif4":
+            raise InvalidArgument("errors are fed back for nvfp4 and mxfp4, not for hif4")
+        return quantize_with_feedback(w, g, blocks.block_format(format, block), feedback)
 
     def pack_fp4(self, shards: Sequence[Fp4Matrix], *, weights_only: bool = False) -> ReferenceFp4Weight:
         payload, scale, g = (np.concatenate([getattr(s, name) for s in shards]) for name in ("payload", "scale", "g"))

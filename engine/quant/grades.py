@@ -1,7 +1,7 @@
 """Weight grades by name: how codes and block scales are chosen, without calibration data. A file records its grade.
 
 rtn, 4over6 and sweep choose block scales, each shard for itself and to the last bit: `engine.ops.fp4.grades`. gram
-makes up for errors along K as well, over the shards that share an input: `engine.quant.gram`.
+makes up for errors along K as well, layer by layer (a weight alone: see `engine.quant.gram`).
 
 What is left of NVFP4's loss on the bundled model, whose share 1 is nvfp4 rtn's Kullback-Leibler divergence from full
 precision (results/compare_demo.json has all methods, perplexities and their intervals):
@@ -45,11 +45,16 @@ def has_grade(format: str, grade: str) -> bool:
     return format in _FORMATS.get(grade, (format,))
 
 
+def needs_layer(grade: str | None) -> bool:
+    """Whether the grade looks at a whole decoder layer; its weights alone get what is left of it."""
+    return grade == "gram"
+
+
 def quantize_shards(ops: Ops, shards: Sequence[Array], *, format: Format, block: int, grade: str) -> list[Fp4Matrix]:
     """Shards [N_i, K] that share an input, each with a global scale of its own. Raises as `Ops.quantize_weight`."""
     fmt = block_format(format, block)
     check_grade(grade, fmt)
-    if grade == "gram" and gram.can_guess(shards):
-        return gram.quantize(shards, fmt)
-    alone = cast(grades.Grade, "sweep" if grade == "gram" else grade)
-    return [ops.quantize_weight(w, format=format, block=block, grade=alone) for w in shards]
+    if grade == "gram":
+        return gram.quantize_alone(ops, shards, fmt)
+    own = cast(grades.Grade, grade)
+    return [ops.quantize_weight(w, format=format, block=block, grade=own) for w in shards]

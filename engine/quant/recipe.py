@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from engine.config import QuantConfig
@@ -10,12 +10,11 @@ from engine.errors import InvalidArgument
 from engine.fp4_types import Fp4Matrix
 from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array, Ops
-from engine.quant import fp8
-from engine.quant.grades import quantize_shards
+from engine.ops.fp4.blocks import block_format
+from engine.quant import fp8, gram
+from engine.quant.grades import needs_layer, quantize_shards
 from engine.quant.registry import FP4_METHODS, QUANTISING, resolve
 from engine.quant.scheme import HEAD, WeightFormat
-
-_SHARE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +76,23 @@ class Recipe:
             )
         return {module: kind for module, kind in kinds.items() if module not in unfit}
 
-    def together(self, module: str) -> tuple[str, ...]:
-        """The modules to be quantised in one call with this one, itself among them: those that read the same input."""
-        parent, _, part = module.rpartition(".")
-        parts = next((group for group in _SHARE_INPUT if part in group), (part,))
-        return tuple(f"{parent}.{name}" for name in parts) if self.grade == "gram" and parent else (module,)
-
-    def quantize(self, shards: Sequence[Array], kind: Kind, ops: Ops) -> Sequence[Fp4Matrix | Fp8Matrix]:
-        """The shards [N_i, K] of modules that go `together`. Raises NumericalError (NaN, infinity)."""
+    def quantize(self, w: Array, kind: Kind, ops: Ops) -> Fp4Matrix | Fp8Matrix:
+        """A weight [N, K] by itself. Raises NumericalError (NaN, infinity)."""
         if kind.format == "fp8":
-            return [fp8.quantize_weight(w) for w in shards]
+            return fp8.quantize_weight(w)
         assert self.grade is not None  # set above
-        return quantize_shards(ops, shards, format=kind.format, block=kind.block, grade=self.grade)
+        return quantize_shards(ops, [w], format=kind.format, block=kind.block, grade=self.grade)[0]
+
+    def layer_of(self, name: str, kind: Kind) -> Mapping[str, str] | None:
+        """Where the weight `name` has to be quantised with its decoder layer: field of `gram.Layer` -> tensor."""
+        prefix = next((name.removesuffix(part) for part in gram.PARTS.values() if name.endswith(f".{part}")), None)
+        if prefix is None or kind.format == "fp8" or not needs_layer(self.grade):
+            return None
+        return {field: prefix + part for field, part in gram.PARTS.items()}
+
+    def quantize_layer(
+        self, layer: gram.Layer, fields: Collection[str], kind: Kind, ops: Ops
+    ) -> Mapping[str, Fp4Matrix]:
+        """The layer's weights that are named. Raises NumericalError (NaN, infinity)."""
+        assert kind.format != "fp8"
+        return gram.quantize_layer(ops, layer, fields, block_format(kind.format, kind.block))

@@ -15,6 +15,7 @@ The C++ beside it, in reading order:
     product_args.h  operand_rows.h  product_epilogue.h   how quantised products begin and end
     fp4_tiles.h  packed_fp4.*  fp4_args.h      FP4 weights in tiles; operands
     prepare_fp4.cpp  fp4_quantize.h  fp4_lanes.h   activations into FP4, bit for bit `engine.ops.fp4`
+    quantize_feedback.cpp     weight codes along K against each other's errors, bit for bit `engine.ops.fp4.feedback`
     quantize_weight.cpp       weights into FP4, bit for bit `engine.ops.fp4.grades`
     fp4_linear.cpp  w4a16_linear.cpp  fp4_dot.h    products with FP4 weights
     fp8_tiles.h  packed_fp8.*  e4m3_lanes.h    FP8 weights in tiles; codes on vectors, the KV cache's too
@@ -41,6 +42,7 @@ from engine.fp8_types import Fp8Matrix, Fp8Operand
 from engine.memory import kv_cache_budget
 from engine.ops.contract import Array, Norm
 from engine.ops.cpu.threads import default_threads
+from engine.ops.fp4.feedback import REFINEMENTS, Feedback
 from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
 from engine.ops.fp8 import cache_scales
@@ -148,6 +150,13 @@ class CpuOps:
 
     def quantize_weight(self, w: Array, *, format: Format, block: int, grade: Grade) -> Fp4Matrix:
         return Fp4Matrix(format, *self._native.quantize_weight(w, format, block, grade))
+
+    def quantize_feedback(
+        self, w: Array, g: np.float32, feedback: Feedback, *, format: Format, block: int
+    ) -> Fp4Matrix:
+        first, later = (_panels(M, block) for M in (feedback.first, feedback.later))
+        parts = self._native.quantize_feedback(w, float(g), format, block, first, later, feedback.weight, REFINEMENTS)
+        return Fp4Matrix(format, *parts, np.full(len(w), g, np.float32))
 
     def pack_fp4(self, shards: Sequence[Fp4Matrix], *, weights_only: bool = False) -> PackedFp4:
         return self._native.pack_fp4(shards)
@@ -273,3 +282,8 @@ class CpuOps:
         rows, contexts = (batch.positions, batch.query_start), (batch.context_lens, batch.block_tables)
         self._native.attention(q, *rows, *contexts, cache, layer, scale, window, out)
         return out
+
+
+def _panels(M: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+    """[K, K] as [K/block, K, block]: a block's columns one after the other."""
+    return np.ascontiguousarray(M.reshape(len(M), -1, block).transpose(1, 0, 2))

@@ -1,4 +1,5 @@
-// Bindings of the FP4 operations: prepare_fp4, quantize_weight, pack_fp4, fp4_linear, w4a16_linear.
+// Bindings of the FP4 operations: prepare_fp4, quantize_weight, quantize_feedback, pack_fp4,
+// fp4_linear, w4a16_linear.
 //
 // An operand made here is a PreparedOperand: all its arrays in one allocation, seen by Python under the names of
 // engine/fp4_types.py. Building a dataclass of six arrays instead would take longer than the split itself at T = 1.
@@ -219,6 +220,35 @@ py::tuple quantize_weight(Backend& backend, const py::array& w_array, const std:
     return py::make_tuple(codes, scale, g);
 }
 
+const float* panels_of(const py::array& array, const char* name, int64_t K, int block) {
+    const bool fits = array.ndim() == 3 && array.shape(0) == K / block && array.shape(1) == K && array.shape(2) == block;
+    if (fits && array.dtype().equal(py::dtype::of<float>()) && (array.flags() & py::array::c_style))
+        return static_cast<const float*>(array.data());
+    reject(std::string(name) + " must be contiguous float32 [" + std::to_string(K / block) + ", " + std::to_string(K)
+           + ", " + std::to_string(block) + "], not " + describe(array));
+}
+
+// Payload and scale of an Fp4Matrix.
+py::tuple quantize_feedback(Backend& backend, const py::array& w_array, float g, const std::string& format_name,
+                            int block, const py::array& first, const py::array& later, const py::array& weight,
+                            int refinements) {
+    const Fp4Format format = format_of(format_name);
+    if (format == Fp4Format::hif4) reject("errors are fed back for nvfp4 and mxfp4, not for hif4");
+    const Matrix w = matrix(w_array, "w");
+    check_block(format, block, w);
+    const int64_t K = w.columns;
+    py::array_t<uint8_t> codes({w.rows, K / 2}), scale({w.rows, K / block});
+    const QuantizeFeedbackArgs args{w.data, w.type, w.stride, w.rows, K, g, format, block,
+                                    panels_of(first, "first", K, block), panels_of(later, "later", K, block),
+                                    float_vector(weight, "weight", K), refinements,
+                                    codes.mutable_data(), scale.mutable_data()};
+    {
+        const Running running(backend);
+        backend.kernels.quantize_feedback(args, backend.pool, backend.scratch);
+    }
+    return py::make_tuple(codes, scale);
+}
+
 std::string describe_shard(const Fp4Operand& a) {
     return std::string(name_of(a.format)) + " with K = " + std::to_string(a.K) + " in blocks of "
            + std::to_string(a.block[0]);
@@ -323,6 +353,8 @@ void bind_fp4(py::module_& module, BackendClass& backend) {
                 py::arg("norm_weight"), py::arg("eps"), py::arg("silu"), py::arg("fixed_g"));
     backend.def("quantize_weight", &quantize_weight, py::arg("w"), py::arg("format"), py::arg("block"),
                 py::arg("grade"));
+    backend.def("quantize_feedback", &quantize_feedback, py::arg("w"), py::arg("g"), py::arg("format"),
+                py::arg("block"), py::arg("first"), py::arg("later"), py::arg("weight"), py::arg("refinements"));
     backend.def("pack_fp4", &pack_fp4, py::arg("shards"));
     backend.def("fp4_linear", &fp4_linear, py::arg("operand"), py::arg("weight"), py::arg("out"), py::arg("bias"),
                 py::arg("residual"));

@@ -48,6 +48,24 @@ struct QuantizeWeightArgs {
     float* g;        // [N]
 };
 
+// Writes one shard's codes and scales, chosen against each other's errors, see engine/ops/fp4/feedback.py. nvfp4, mxfp4.
+// Panels: [K/block, K, block], panel b being columns [b · block, (b + 1) · block) of a matrix [K, K].
+struct QuantizeFeedbackArgs {
+    const void* w;  // [N, K]
+    DType w_type;
+    int64_t w_stride;
+    int64_t N, K;
+    float g;
+    Fp4Format format;
+    int block;
+    const float* first;   // panels
+    const float* later;   // panels
+    const float* weight;  // [K]
+    int refinements;      // passes with `later`
+    uint8_t* codes;       // [N, K/2]
+    uint8_t* scale;       // [N, K/block]
+};
+
 // out [T, N] = operand · wᵀ · g · g_w, and what `to` says
 struct Fp4LinearArgs {
     Fp4Operand x;

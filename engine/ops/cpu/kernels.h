@@ -50,6 +50,7 @@ struct LinearArgs {
     KERNEL(void, attention, (const AttentionArgs&, ThreadPool&, Scratch&))         \
     KERNEL(bool, prepare_fp4, (const PrepareArgs&, ThreadPool&, Scratch&))         \
     KERNEL(float, quantize_weight, (const QuantizeWeightArgs&, ThreadPool&))       \
+    KERNEL(void, quantize_feedback, (const QuantizeFeedbackArgs&, ThreadPool&, Scratch&)) \
     KERNEL(void, fp4_linear, (const Fp4LinearArgs&, ThreadPool&, Scratch&))        \
     KERNEL(void, w4a16_linear, (const W4a16Args&, ThreadPool&, Scratch&)) \
     KERNEL(bool, prepare_fp8, (const PrepareFp8Args&, ThreadPool&, Scratch&))      \

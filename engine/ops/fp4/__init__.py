@@ -4,6 +4,7 @@
     scales     the three scale formats
     blocks     block formats built from them: NVFP4, MXFP4, HiF4
     grades     block scales of weights, chosen by error; no calibration
+    feedback   weight codes that make up for each other's errors, given the input's second moments
     split      SharQ: activations into backbone and residual
     product    matrix products of FP4 operands
 

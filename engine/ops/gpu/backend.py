@@ -27,6 +27,7 @@ from engine.errors import InvalidArgument
 from engine.fp4_types import Format, Fp4Matrix
 from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array, Norm
+from engine.ops.fp4.feedback import Feedback
 from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
 from engine.ops.fp8 import cache_scales
@@ -337,6 +338,11 @@ class GpuOps:
 
     def quantize_weight(self, w: Array, *, format: Format, block: int, grade: Grade) -> Fp4Matrix:
         return self._host.quantize_weight(w, format=format, block=block, grade=grade)
+
+    def quantize_feedback(
+        self, w: Array, g: np.float32, feedback: Feedback, *, format: Format, block: int
+    ) -> Fp4Matrix:
+        return self._host.quantize_feedback(w, g, feedback, format=format, block=block)
 
     def _operand(self, format: Format, rows: Rows, shapes: dict[str, Any], sparse: bool) -> GpuOperand:
         arrays = {name: self._scratch.operand(name, shape, dtype) for name, (shape, dtype) in shapes.items()}
