@@ -165,8 +165,8 @@ private:
     }
 };
 
-// The best two of the four pairs of each eight k, in a tile's words of two neighbours. The words are put in order first:
-// of either two pairs the better one comes first. So what is kept is the first ones, or either two.
+// The best two of the four pairs of each eight k, in a tile's words of two neighbours. The words are put in order: of
+// either two pairs the better one comes first. So what is kept is the first ones, or either two.
 struct PairMask {
     bool both_low[2], both_high[2];
     u32 order[2], kept;  // __byte_perm's selectors for codes, whose bytes are pairs, back to the order of k
@@ -254,8 +254,8 @@ __device__ __forceinline__ Ue4m3 round_ue4m3(float s) {
     return {code, __low2float(two_halves(ptx::f16x2_of_e4m3(code)))};
 #else
     s = fminf(s, 448.0f);
-    // Numbers in [2^e, 2^(e+1)) have steps of 2^(e−3), those below 2^-6 the steps of e = −6; adding 2^(20+e), whose last
-    // bit is worth a step, rounds and leaves s / step there.
+    // Numbers in [2^e, 2^(e+1)) have steps of 2^(e−3), those below 2^-6 the steps of e = −6; adding 2^(20+e), whose
+    // last bit is worth a step, rounds and leaves s / step there.
     const u32 power = max(__float_as_uint(s) & kInfinityBits, 121u << 23);  // 2^e
     const float aligner = __uint_as_float(power + (20u << 23)), aligned = __fadd_rn(s, aligner);
     const u32 steps = __float_as_uint(aligned) - __float_as_uint(aligner);

@@ -7,10 +7,11 @@
 //
 // What bounds them, estimated (no GPU has run them): instructions for an element of bf16 on sm_90a, counted in machine
 // code (tests/test_cuda_prepare_sass.py), about half of them for the integer units, which take one every other cycle:
-//     quantising    SharQ NVFP4 sparse 25.6, dense 26.3, MXFP4 22.3, 23.4, HiF4 50, 40; one path 13.8, 11.3, 20; FP8 4.9
-//     before that   1.8 for a plain row, 9.2 with a norm, 26.5 with silu; and about 170 for each thread of a row
+//     SharQ         NVFP4 sparse 25.6, dense 26.6; MXFP4 22.3, 23.4; HiF4 50, 39
+//     others        one path in NVFP4 13.9, MXFP4 11.3, HiF4 20; FP8 4.9
+//     before that   1.4 for a plain row, 8.1 with a norm, 26.2 with silu; and about 170 for each thread of a row
 // An H200's schedulers have 27.8 for 70 % of its bandwidth on plain and normalised rows of SharQ, 47 with silu: plain
-// rows can reach that, normalised ones 56 %, those with silu 63 %.
+// rows can reach that, normalised ones 58 %, those with silu 63 %.
 //
 // Few rows: a row of K = 18944 with silu is 37 warps' tiles of 830 instructions, on one SM 4.5 µs at least, where the
 // 132 of an H200 would need less than a launch. The largest magnitude keeps them from sharing it: what would help is a
@@ -85,20 +86,22 @@ struct RowScratch {
     u32 maxima[32];
 };
 
-template <class Source>
-__device__ __forceinline__ void make_tile(const Source& from, int k, float inverse_rms, u32 (&words)[8]) {
-    float x[kTile], other[kTile];
-    load_tile(from.row() + k, from.left(k), from.vectors(from.row()), x);
-    if (from.silu) {
-        const auto* up = from.row() + from.K;
-        load_tile(up + k, from.left(k), from.vectors(up), other);
-        silu_mul(x, other);
-    } else {
-        load_tile(from.norm_weight + k, from.left(k), from.vectors(from.norm_weight), other);
+// Has `make(k, words)` make the thread's tiles, keeps them in `made` where that is not null, and returns the bits of
+// their largest magnitude.
+template <class Make>
+__device__ __forceinline__ u32 make_tiles(int K, uint4* made, const Make& make) {
+    __nv_bfloat162 most = __floats2bfloat162_rn(0.0f, 0.0f);
+    for (int k = kTile * threadIdx.x; k < K; k += kTile * blockDim.x) {
+        u32 words[8];
+        make(k, words);
+        if (made) {
+            made[k / 8] = make_uint4(words[0], words[1], words[2], words[3]);
+            made[k / 8 + 1] = make_uint4(words[4], words[5], words[6], words[7]);
+        }
 #pragma unroll
-        for (int i = 0; i < kTile; ++i) x[i] = normalised(x[i], inverse_rms, other[i]);
+        for (int i = 0; i < 8; ++i) most = __hmax2_nan(most, magnitudes(words[i]));
     }
-    pack_tile(x, words);
+    return max(word_of(most) << 16, word_of(most) & 0xffff0000u);
 }
 
 // Makes the block's row into `made` [K rounded up to 16] where it is fused (null: it is only looked at), and returns
@@ -106,39 +109,48 @@ __device__ __forceinline__ void make_tile(const Source& from, int k, float inver
 template <class Source>
 __device__ __forceinline__ u32 make_row(const Source& from, uint4* made, RowScratch& scratch) {
     ptx::wait_for_earlier_kernels();
-    const bool fused = from.fused(), vectors = from.vectors(from.row());
-    float scale = 0.0f;
-    if (from.norm_weight) scale = inverse_rms<Source::kWholeVectors>(from.row(), from.K, from.eps, scratch.sums);
-    __nv_bfloat162 most_of_words = __floats2bfloat162_rn(0.0f, 0.0f);
+    const auto* row = from.row();
+    const bool vectors = from.vectors(row);
     u32 most = 0;
-    for (int k = kTile * threadIdx.x; k < from.K; k += kTile * blockDim.x) {
-        u32 words[8];
-        if (fused) {
-            make_tile(from, k, scale, words);
-            if (made) {
-                made[k / 8] = make_uint4(words[0], words[1], words[2], words[3]);
-                made[k / 8 + 1] = make_uint4(words[4], words[5], words[6], words[7]);
-            }
-        } else if constexpr (kIsBf16<typename Source::Element>) {
-            load_tile(from.row() + k, from.left(k), vectors, words);
-        } else {
+    if (from.norm_weight) {
+        const float scale = inverse_rms<Source::kWholeVectors>(row, from.K, from.eps, scratch.sums);
+        const bool weight_vectors = from.vectors(from.norm_weight);
+        most = make_tiles(from.K, made, [&](int k, u32 (&words)[8]) {
+            float x[kTile], weight[kTile];
+            load_tile(row + k, from.left(k), vectors, x);
+            load_tile(from.norm_weight + k, from.left(k), weight_vectors, weight);
+#pragma unroll
+            for (int i = 0; i < kTile; ++i) x[i] = normalised(x[i], scale, weight[i]);
+            pack_tile(x, words);
+        });
+    } else if (from.silu) {
+        const auto* up = row + from.K;
+        const bool up_vectors = from.vectors(up);
+        most = make_tiles(from.K, made, [&](int k, u32 (&words)[8]) {
+            float x[kTile], other[kTile];
+            load_tile(row + k, from.left(k), vectors, x);
+            load_tile(up + k, from.left(k), up_vectors, other);
+            silu_mul(x, other);
+            pack_tile(x, words);
+        });
+    } else if constexpr (kIsBf16<typename Source::Element>) {
+        const auto load = [&](int k, u32 (&words)[8]) { load_tile(row + k, from.left(k), vectors, words); };
+        most = make_tiles(from.K, nullptr, load);
+    } else {
+        for (int k = kTile * threadIdx.x; k < from.K; k += kTile * blockDim.x) {
             float x[kTile];
-            load_tile(from.row() + k, from.left(k), vectors, x);
+            load_tile(row + k, from.left(k), vectors, x);
 #pragma unroll
             for (int i = 0; i < kTile; ++i) most = max(most, __float_as_uint(x[i]) & 0x7fffffffu);
-            continue;
         }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) most_of_words = __hmax2_nan(most_of_words, magnitudes(words[i]));
     }
-    const u32 word = reinterpret_cast<const u32&>(most_of_words);
-    return max_of_block(max(most, max(word << 16, word & 0xffff0000u)), scratch.maxima);
+    return max_of_block(most, scratch.maxima);
 }
 
 // ---- dividing it ----------------------------------------------------------------------------------------------------
 
-// A row's divisor. `quotient` of a bf16 number x by g is x · high + x · low, the two together 1/g: over all 2^30 pairs
-// of mantissas (tests/test_cuda_prepare.py) it rounds to the bf16 and to the E4M3 that x / g rounds to, as long as
+// A row's divisor. `quotient` of a bf16 number x by g is x · high + x · low, the two together 1/g: over all 2^30
+// pairs of mantissas (tests/test_cuda_prepare.py) it rounds to the bf16 and to the E4M3 that x / g rounds to, while
 // nothing on the way is subnormal: g is `ordinary` and the quotient 2^-100 or more. low is not negative, so that zeros
 // keep their sign.
 struct Divisor {

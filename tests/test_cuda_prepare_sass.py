@@ -54,10 +54,10 @@ def has_a_polynomial(instruction: Instruction) -> bool:
 @pytest.mark.parametrize(("source", "kernel"), QUANTISING)
 def test_instructions_of_an_element(source, kernel):
     found = kernels(source, "sm_90a")[f"prepare_{kernel}_bf16"]
-    unaligned = 1.15 if kernel == "fp8" else 1.0  # its rows may begin anywhere
+    unaligned = 1.4 if kernel == "fp8" else 1.0  # its rows may begin anywhere
     assert per_element(found, writes_codes) <= QUANTISING[source, kernel]
-    assert per_element(found, looks_for_the_largest) <= 2 * unaligned
-    assert per_element(found, keeps_the_row) <= 7.5 * unaligned  # with a norm: the shortest way to a kept row
+    assert per_element(found, looks_for_the_largest) <= 1.8 * unaligned
+    assert per_element(found, keeps_the_row) <= 6.2 * unaligned  # with a norm: the shortest way to a kept row
     assert per_element(found, has_a_polynomial) <= 27.5 * unaligned
 
 
