@@ -24,20 +24,23 @@
 // multiple of 8.
 //
 // Limits, ESTIMATED and not measured. Clocks of an SM for a step, by what may bound it: tensor cores, 2048 products a
-// clock (sparse ones twice that); shared memory, 128 bytes a clock, of which wgmma takes what it reads of A there and
+// clock, sparse ones twice that; shared memory, 128 bytes a clock, of which wgmma takes what it reads of A there and
 // all of B for each warpgroup and product; instructions, those of sm_90a's machine code issued by two warps for each
-// scheduler.
+// scheduler; L2, all that a block reads at 30 bytes a clock, what H100s are said to give an SM when all read.
 //
-//                                             tensor cores   shared memory   issue     cuBLAS at its peak
-//     bf16, 256 n                                 1024            1024         280           1024
-//     w4a16, 256 n                                1024            1024         910           1024
-//     linear_fp4_wgmma.cuh, 128 n: one path        512             384         420            512
-//                                 two paths       1024             640         440            512
-//                                 sparse, dense    768             640         450            512
+//                                             tensor   shared   issue     L2     cuBLAS at
+//                                              cores   memory                    its peak
+//     bf16, 256 n                               1024     1024     280   1640       1024
+//     w4a16, 256 n                              1024     1024     910    840       1024
+//     linear_fp4_wgmma.cuh, 128 n: one path      512      384     420    700        512
+//                                  two paths    1024      640     440   1250        512
+//                                  sparse, dense 768      640     450   1000        512
 //
-// cuBLAS reaches about .8 of the peak on an H200. So w4a16 meets .9 of it at 1430 clocks a step, SharQ .5 at 1280: both
-// possible if latencies cost less than 400 and 500. What hardware must show: that two warpgroups without a producer
-// warp do so. ptxas must not serialise wgmma (it says so, test_cuda_compile.py looks).
+// cuBLAS reaches about .8 of the peak on an H200. So w4a16 meets .9 of it at 1430 clocks a step and SharQ .5 at 1280:
+// both possible, if latencies cost less than 400 and 300. bf16 does not look so: it reads 48 KB a step, and .9 is 1430
+// there too; blocks of a cluster would have to share what they read. What hardware must show: all of that, and that two
+// warpgroups without a producer warp hide their latencies. ptxas must not serialise wgmma (it says so,
+// test_cuda_compile.py looks).
 #pragma once
 
 #include "linear_tile.cuh"
