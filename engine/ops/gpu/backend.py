@@ -4,8 +4,9 @@ Parameters go to the device once, when they are packed; a step's batch once, whe
 `to_host` is asked for, or the tokens that `engine.ops.gpu.steps` chose. Kernels meet NaN and infinity where Python does
 not look: they raise a flag, which is read with the result, so that a step has one point at which host and device meet.
 
-Products multiply decode rows and prefill rows by kernels of their own, that sum in different orders; attention has one
-order for each kind, too. With `deterministic` every row is a decode row.
+Decode rows and prefill rows (`engine.scheduler` says which are which) have products of their own, which sum in
+different orders, and attention has an order for each; a step with both reads the weights twice. With `deterministic`
+every row is a decode row.
 
 Activations are bf16 or f16 (the products have no fp32 form); logits are float32. `sharq_compat` is not done
 here: it is for comparing with the paper and multiplies in NumPy.

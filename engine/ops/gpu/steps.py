@@ -3,8 +3,8 @@
 A decode step runs a few hundred kernels of a few microseconds each; launching them one by one from Python takes longer
 than running them. Steps in which every sequence has one new token are therefore recorded, lazily: for 1, 2, 4, 8, 16,
 24 … sequences and for contexts of up to 16, 32, 64 … blocks, so that few recordings serve all (`StagedDecode` says what
-fills the rest of one). Replayed or not, a token's result has the same bits. Steps with longer chunks run as they are.
-Recordings share their memory, as one step runs at a time.
+fills the rest of one). Replayed or not, a token's result has the same bits. Steps with longer chunks or prefill rows
+run as they are. Recordings share their memory, as one step runs at a time.
 
 A step meets the host once, where it gives it the tokens; the flag that kernels raise for NaN comes with them. Rows that
 log-probabilities are wanted of, or that no token can be chosen from, are left to the host's sampler.
