@@ -136,6 +136,19 @@ def saturated(x: NDArray[np.float32], dtype: type) -> Array:
     return np.clip(x, -largest, largest).astype(dtype)
 
 
+def test_reciprocals() -> None:
+    """Subnormal numbers count as zeros of their sign, and so do subnormal results."""
+    x = np.array([1, -3, 448, 2.0**-9, 1e-30, 0.0, -0.0, 1e-40, -1e-40, 2.0**127, -3e38, np.inf], np.float32)
+    x = np.concatenate([x, np.random.default_rng(6).standard_normal(116, np.float32)])
+    out = np.zeros_like(x)
+    probe("sm_80").launch("reciprocals", ONE, (128, 1, 1), 0, [x, out])
+    least = np.finfo(np.float32).tiny
+    with np.errstate(divide="ignore"):
+        expected = 1 / np.where(np.abs(x) < least, np.copysign(np.float32(0), x), x)
+    expected = np.where(np.abs(expected) < least, np.copysign(np.float32(0), expected), expected)
+    np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
+
+
 def test_e4m3_both_ways() -> None:
     x = edge_values(ml_dtypes.float8_e4m3fn, np.random.default_rng(4))
     out = np.zeros(len(x) // 2, np.uint16)

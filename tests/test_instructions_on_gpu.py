@@ -173,6 +173,16 @@ def test_conversions_of_any_bits(kernel: str, per_thread: int, out: type) -> Non
     both(kernel, 64, 32, 0, [bits.view(np.float32), np.zeros(64 * 32, out)])
 
 
+def test_reciprocals() -> None:
+    """To two units in the last place, which silu_mul corrects, and E2M1 codes want far less than."""
+    if isinstance(found := gpu(), str):
+        pytest.skip(found)
+    rng = np.random.default_rng(4)
+    x = ((1 + rng.random(64 * 32)) * 2.0 ** rng.integers(-120, 120, 64 * 32)).astype(np.float32)
+    _, there = on_gpu("reciprocals", 64, 32, 0, [x, np.zeros_like(x)])
+    assert np.abs(there.astype(np.float64) * x - 1).max() <= 2.0**-22
+
+
 @pytest.mark.parametrize("n", [64, 128, 256])
 def test_wgmma_rounding(n: int) -> None:
     """Without swizzle: A's 64 × 16 in 8 × 8 blocks, then B's n × 16; any values will do, so the image is random."""

@@ -225,7 +225,11 @@ extern "C" __global__ void load_once(const unsigned char* from, int form, unsign
     }
 }
 
-// --- Conversions -----------------------------------------------------------------------------------------------------
+// --- Reciprocals and conversions -------------------------------------------------------------------------------------
+extern "C" __global__ void reciprocals(const float* x, float* out) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    out[i] = ptx::reciprocal(x[i]);
+}
 #if PTX_ARCH >= 89
 extern "C" __global__ void to_e4m3(const float* x, uint16_t* out) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
