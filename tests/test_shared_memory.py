@@ -64,10 +64,14 @@ def test_products_for_many_tokens(arch: str, kind: Kind, copied_weight: bool) ->
     for M in TOKENS:
         plan = launch_linear.plan_tile(M, 4096, kind, copied_weight=copied_weight, sms=1, shared_limit=limit)
         assert plan.shared <= limit
-        if arch == "sm_90a":
-            for sliced in (False, True):
-                wide = launch_linear.plan_wgmma(M, 4096, kind, copied_weight=copied_weight, sliced=sliced)
-                assert wide.shared <= limit
+
+
+@pytest.mark.parametrize("copied_weight", [False, True])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_products_of_warpgroups(copied_weight: bool, sliced: bool) -> None:
+    for N in (64, 4096):
+        plan = launch_linear.plan_wgmma(1000, N, copied_weight=copied_weight, sliced=sliced)
+        assert plan.shared <= shared_limit("sm_90a")
 
 
 @pytest.mark.parametrize("arch", launch_linear_sm120.ARCHITECTURES)
