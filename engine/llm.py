@@ -167,17 +167,15 @@ class LLM:
         """Complete one prompt or several (text or token ids) together; results in the order of the prompts.
 
         params: one for all, or one per prompt. Never applies a chat template. Raises RequestError for a request that
-        can never be served, NumericalError when the model computes NaN, EngineClosed; what runs of the other prompts is
-        then cancelled.
+        can never be served, then before any is started; NumericalError when the model computes NaN, EngineClosed; what
+        runs of the other prompts is then cancelled.
         """
         several = _as_prompts(prompts)
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(several)
         if len(each) != len(several):
             raise RequestError(f"{len(several)} prompts got {len(each)} sampling parameters; give one, or as many")
-        streams: list[TextStream] = []
+        streams = self._submit([self._request(prompt, own) for prompt, own in zip(several, each, strict=True)])
         try:
-            for prompt, own in zip(several, each, strict=True):
-                streams.append(self.stream(prompt, own))
             return [stream.result() for stream in streams]
         finally:
             for stream in streams:
@@ -188,8 +186,8 @@ class LLM:
 
         Raises as `generate` does: RequestError and EngineClosed here, the others while reading.
         """
-        text, ids = (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, prompt)
-        return self._submit(self._new_request(text, ids, SamplingParams() if params is None else params))
+        (stream,) = self._submit([self._request(prompt, params)])
+        return stream
 
     def chat(
         self,
@@ -213,7 +211,8 @@ class LLM:
         """
         request = self._new_request(None, token_ids, SamplingParams(prompt_logprobs=0), only_scored=True)
         request.prompt_logits = logits = _new_logits(len(request.prompt_token_ids), self.config.vocab_size)
-        with self._submit(request) as stream:
+        (stream,) = self._submit([request])
+        with stream:
             stream.result()
         return logits
 
@@ -266,6 +265,10 @@ class LLM:
     def _template(self) -> ChatTemplate | None:
         return ChatTemplate.from_directory(self._path)
 
+    def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
+        text, ids = (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, prompt)
+        return self._new_request(text, ids, SamplingParams() if params is None else params)
+
     def _new_request(
         self, text: str | None, token_ids: Sequence[int], params: SamplingParams, *, only_scored: bool = False
     ) -> Request:
@@ -277,10 +280,10 @@ class LLM:
         check_prompt_length(len(ids), self.max_model_len, only_scored=only_scored)
         return Request(text, ids, params, resolve_seed(params))
 
-    def _submit(self, request: Request) -> TextStream:
-        stream = TextStream(self, self._worker, request)  # before it runs: an interrupt in between cancels it
-        self._worker.submit(request)
-        return stream
+    def _submit(self, requests: Sequence[Request]) -> list[TextStream]:
+        streams = [TextStream(self, self._worker, request) for request in requests]  # an interrupt cancels them
+        self._worker.submit(requests)
+        return streams
 
 
 class TextStream(Iterator[StreamPiece]):

@@ -44,7 +44,7 @@ class Worker:
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._eos = tuple(eos_token_ids)
-        self._inbox: SimpleQueue[Request | _Cancel | None] = SimpleQueue()  # None = close
+        self._inbox: SimpleQueue[tuple[Request, ...] | _Cancel | None] = SimpleQueue()  # None = close
         self._requests: set[Request] = set()  # unfinished
         self._answers: dict[Sequence, Answer] = {}
         # Nothing is put into the inbox once it is closed. Reentrant: a stream that the garbage collector finds while
@@ -54,14 +54,14 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; its channel says how it goes. Raises EngineClosed."""
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue requests, which the same step will see first; their channels say how they go. Raises EngineClosed."""
         with self._gate:
             if self._closed is not None:
                 raise fresh(self._closed)
             if not self._thread.is_alive():
                 raise EngineClosed("the engine's thread does not exist in this process; load the model after forking")
-            self._inbox.put(request)
+            self._inbox.put(tuple(requests))
 
     def cancel(self, request: Request) -> None:
         """End a request early (finish reason "abort"); nothing if it has ended."""
@@ -105,8 +105,8 @@ class Worker:
                 message = self._inbox.get_nowait()
             except Empty:
                 return left
-            if isinstance(message, Request):
-                left.add(message)
+            if isinstance(message, tuple):
+                left.update(message)
 
     def _take_inbox(self) -> bool:
         """Admit and cancel what callers asked for; waits while there is nothing to do. False = close."""
@@ -120,7 +120,8 @@ class Worker:
             if isinstance(message, _Cancel):
                 self._cancel(message.request)
             else:
-                self._admit(message)
+                for request in message:
+                    self._admit(request)
 
     def _admit(self, request: Request) -> None:
         self._requests.add(request)

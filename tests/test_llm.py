@@ -176,6 +176,18 @@ def test_a_text_with_tokens_beyond_the_models_vocabulary_is_refused(tmp_path: Pa
         assert len(llm.generate("a", GREEDY)) == 1
 
 
+def test_the_first_step_has_all_prompts_of_a_call(llm: LLM) -> None:
+    sequences: list[int] = []
+    runner, hidden = llm._worker._runner, llm._worker._runner.hidden
+    runner.hidden = lambda batch: (sequences.append(len(batch.context_lens)), hidden(batch))[1]  # type: ignore[method-assign]
+    try:
+        for _ in range(10):
+            llm.generate([[5, 6, 7], [8], [9, 10]], SamplingParams(max_tokens=1))
+    finally:
+        runner.hidden = hidden  # type: ignore[method-assign]
+    assert sequences == [3] * 10
+
+
 def test_several_answers_are_distinct_ordered_and_share_the_prompt(llm: LLM) -> None:
     ids = [7] * 64 + list(b"tail")
     rows: list[int] = []
