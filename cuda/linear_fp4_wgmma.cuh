@@ -5,6 +5,7 @@
 //   one                 FP4 activations in one path
 //   two                 in two dense ones, one pass over the weight: the work of two bf16 products
 //   sparse_and_dense    SharQ: the backbone on sparse products, the work of 1.5
+//   sparse              the backbone alone; with `one` for the residual what the paper describes, two products
 //
 // FP4 activations are expanded to bf16 once (expand_*_fragments) in the order of A's registers, so that they go from
 // global memory to registers and shared memory is left to the weights: a sparse product reads 128 bytes a clock of B
@@ -77,7 +78,8 @@ private:
 template <Paths paths, class WeightTile>
 __device__ __forceinline__ void fragment_linear(const WeightTile& weight, const FragmentInput& input,
                                                 const Epilogue& epilogue, int slice_k) {
-    using Activations = Fragments<paths == Paths::sparse_and_dense, paths != Paths::one>;
+    constexpr bool kSparse = paths == Paths::sparse || paths == Paths::sparse_and_dense;
+    using Activations = Fragments<kSparse, paths == Paths::two || paths == Paths::sparse_and_dense>;
     constexpr int kBuffers = 4, kWeightBytes = 128 * kTileRowBytes;
     extern __shared__ __align__(1024) u8 shared[];
     const u32 shared_address = ptx::shared_address(shared);
@@ -176,7 +178,8 @@ __device__ __forceinline__ void expand_sparse_fragments(const Fp4Path& path, uin
     extern "C" __global__ void __launch_bounds__(256, 1)                                                               \
         linear_wgmma_##format##_##paths(const uint4* first, const uint4* second, const u32* metadata,                  \
                                         TILE_PARAMETERS) {                                                             \
-        constexpr bool kPermuted = Paths::paths == Paths::sparse_and_dense && Codes::kMetadataBits == 4;               \
+        constexpr bool kSparse = Paths::paths == Paths::sparse || Paths::paths == Paths::sparse_and_dense;             \
+        constexpr bool kPermuted = kSparse && Codes::kMetadataBits == 4;                                               \
         const Fp4Tile<Codes, bf16, kPermuted, 1> weight = {units, N, fp4_units_along_k(K)};                            \
         const float power = power_of_two(Codes::kValuePower<bf16>);                                                    \
         const Epilogue epilogue = {power, token_scale, row_scale, bias, residual, out, out_type, N};                   \
@@ -193,6 +196,7 @@ __device__ __forceinline__ void expand_sparse_fragments(const Fp4Path& path, uin
     WGMMA_FP4_ENTRY(format, Codes, one)                                                                                \
     WGMMA_FP4_ENTRY(format, Codes, two)                                                                                \
     WGMMA_FP4_ENTRY(format, Codes, sparse_and_dense)                                                                   \
+    WGMMA_FP4_ENTRY(format, Codes, sparse)                                                                             \
     EXPAND_FRAGMENTS_ENTRY(format##_dense, Codes, false)                                                               \
     EXPAND_FRAGMENTS_ENTRY(format##_permuted, Codes, Codes::kMetadataBits == 4)                                        \
     extern "C" __global__ void expand_##format##_sparse_fragments(const u8* codes, const u8* metadata,                 \

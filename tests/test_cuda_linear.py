@@ -377,8 +377,8 @@ def expanded(operand, weight, kind, dev, fragments=False):
     return made
 
 
-def wgmma(x, weight, *, checked=False, schedule=SCHEDULES[0]):
-    """x rows or an FP4 operand; weight [N, K] bf16 or FP4."""
+def wgmma(x, weight, *, kind=None, checked=False, schedule=SCHEDULES[0]):
+    """x rows or an FP4 operand, of which `kind`, or all; weight [N, K] bf16 or FP4."""
     dev = device("sm_90a", checked, schedule)
     N = len(weight) if isinstance(weight, np.ndarray) else weight.rows
     out = dev.empty((len(x) if isinstance(x, np.ndarray) else len(x.g), N), F32)
@@ -389,7 +389,8 @@ def wgmma(x, weight, *, checked=False, schedule=SCHEDULES[0]):
         if isinstance(x, np.ndarray):
             launch = launch_linear.w4a16_wgmma(dev.upload(x), units, Output(out))
         else:
-            kind = "one" if isinstance(x, Fp4Matrix) else "sparse_and_dense" if x.sparse else "two"
+            if kind is None:
+                kind = "one" if isinstance(x, Fp4Matrix) else "sparse_and_dense" if x.sparse else "two"
             launch = launch_linear.fp4_wgmma(expanded(x, units, kind, dev, True), units, Output(out))
     dev.launch(launch)
     return out
@@ -431,16 +432,17 @@ def test_fp4_tile(format, block, kind):
 
 
 @each_format
-def test_separate_sparse_and_dense_products_add_up(format, block):
+@pytest.mark.parametrize("multiply", [tile_fp4, wgmma], ids=["tile", "wgmma"])
+def test_separate_sparse_and_dense_products_add_up(format, block, multiply):
     """What the paper describes, two products over one weight, against the fused one and float64."""
     rng = np.random.default_rng(13)
     matrix = fp4_matrix(rng, 140, 320, format, block)
     operand = REFERENCE.prepare_sharq(rng.standard_normal((20, 320)).astype(BF16), format=format)
-    sparse, dense = (tile_fp4(operand, matrix, kind=kind) for kind in ("sparse", "one"))
+    sparse, dense = (multiply(operand, matrix, kind=kind) for kind in ("sparse", "one"))
     backbone, residual = paths(operand)
     assert_close(sparse, exact(backbone, matrix), 2e-6)
     assert_close(dense, exact(residual, matrix), 2e-6)
-    assert_close(sparse + dense, tile_fp4(operand, matrix).astype(np.float64), 2e-6)
+    assert_close(sparse + dense, multiply(operand, matrix).astype(np.float64), 2e-6)
 
 
 def tile_case(kind, M, N, K, rng):

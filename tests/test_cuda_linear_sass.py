@@ -48,5 +48,6 @@ def test_hopper_products_are_wgmma():
         "bf16_n128": {"HGMMA.64x128x16.F32.BF16": 4},
         "one": {"HGMMA.64x128x16.F32.BF16": 8},
         "two": {"HGMMA.64x128x16.F32.BF16": 16},
+        "sparse": {"HGMMA.SP.64x128x32.F32.BF16": 4},
         "sparse_and_dense": {"HGMMA.SP.64x128x32.F32.BF16": 4, "HGMMA.64x128x16.F32.BF16": 8},
     }

@@ -1,8 +1,8 @@
 """Sparse FP4 alone: the product of SharQ's backbone without the residual's, for the benchmark of products on a GPU.
 
 No method multiplies so; it shows what the residual path costs. With FP4 instructions it is the sparse ones, for a
-prompt's rows 2:4 sparse bf16 tiles (activations expanded first, as for SharQ). The kernels for few rows have no sparse
-form: weights are all they wait for. There one path's dense product on the same weights stands for it.
+prompt's rows 2:4 sparse bf16 products (activations expanded first, as for SharQ). The kernels for few rows have no
+sparse form: weights are all they wait for. There one path's dense product on the same weights stands for it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from engine.bench.timing import Call
 from engine.ops.contract import Array
 from engine.ops.gpu import launch_linear, launch_linear_sm120
 from engine.ops.gpu.backend import GpuOps
-from engine.ops.gpu.host_build import Architecture
 from engine.ops.gpu.launch import Launch
-from engine.ops.gpu.launch_linear import Expanded, KCut, Output, Workspace
+from engine.ops.gpu.launch_linear import KCut, Output, Workspace
+from engine.ops.gpu.prefill_products import PrefillProducts
+from engine.ops.gpu.staging import Scratch
 from engine.ops.gpu.weight_layout import Fp4Units
 
 NAME = "sharq-backbone"
@@ -33,16 +34,8 @@ def backbone_calls(ops: GpuOps, operand: Any, weights: Sequence[Fp4Units], out: 
         return [_call(ops, [launch]) for launch in _on_fp4_instructions(ops, operand, weights, output)]
     if decode_rows(len(out), ops) is None:
         return [_call(ops, [launch]) for launch in _of_few_rows(ops, operand, weights, output)]
-    shapes = launch_linear.expanded_shapes("sparse", len(out), operand.K)
-    expanded = Expanded(
-        "sparse", fragments=False, g=operand.g, **{name: ops.empty(*shape) for name, shape in shapes.items()}
-    )
-    expand = launch_linear.expand(operand, first, expanded)
-    limit = Architecture.parse(ops.device.arch).shared_limit
-    plan = launch_linear.plan_tile(
-        len(out), first.N, "sparse", copied_weight=False, sms=ops.device.sms, shared_limit=limit
-    )
-    return [_call(ops, [*expand, launch_linear.fp4_tile(expanded, weight, output, plan)]) for weight in weights]
+    products = PrefillProducts(ops.device, Scratch(ops.device))
+    return [_call(ops, products.fp4_linear(operand, weight, output, "sparse")) for weight in weights]
 
 
 def _on_fp4_instructions(ops: GpuOps, operand: Any, weights: Sequence[Fp4Units], output: Output) -> list[Launch]:

@@ -396,7 +396,7 @@ def w4a16_wgmma(x: Any, weight: Fp4Units, output: Output) -> Launch:
 
 
 def fp4_wgmma(operand: Expanded, weight: Fp4Units, output: Output) -> Launch:
-    """operand: fragments of kind "one", "two" or "sparse_and_dense"."""
+    """operand: fragments."""
     M, K, name = len(operand.g), padded(weight.K), fp4_name(weight)
     plan = _wgmma_plan(M, weight.N, 128, 4 * 128 * 128)  # four buffers of weights
     args = [operand.first, operand.second, operand.metadata, weight.units, operand.g, weight.g]

@@ -41,8 +41,11 @@ class PrefillProducts:
             return [launch_linear.w4a16_wgmma(x, weight, output)]
         return [launch_linear.w4a16_tile(x, weight, output, self._plan_tile(output))]
 
-    def fp4_linear(self, operand: Any, weight: Fp4Units, output: Output) -> list[Launch]:
-        kind = launch_linear.prefill_kind(operand)
+    def fp4_linear(
+        self, operand: Any, weight: Fp4Units, output: Output, kind: Kind | None = None
+    ) -> list[Launch]:  # fmt: skip
+        """kind: what of the operand to multiply, and how; by default all of it."""
+        kind = kind or launch_linear.prefill_kind(operand)
         shapes = launch_linear.expanded_shapes(kind, len(operand.g), operand.K)
         arrays = {name: self._scratch.take(f"expanded {name}", *shape) for name, shape in shapes.items()}
         on_wgmma = self._on_wgmma(_BF16)
