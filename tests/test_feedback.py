@@ -186,7 +186,7 @@ def test_between_the_best_of_all_codes_and_sweep():
             best[n] = min(best[n], loss(codes * step - x[n, free], H[np.ix_(free, free)]).min())
     own, other = (loss(values(a) - x, H) for a in (m, swept))
     assert (own >= best - 1e-9).all()
-    assert own.sum() <= 2.5 * best.sum() < other.sum()
+    assert own.sum() - best.sum() < 0.5 * (other.sum() - best.sum())
 
 
 def test_rows_do_not_depend_on_each_other(monkeypatch):
@@ -228,7 +228,7 @@ def test_hard_numbers(isa, format, block):
 
 
 @pytest.mark.skipif(not BACKENDS, reason="the C++ extension is not built")
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(st.sampled_from(KINDS), st.integers(0, 2**31), st.integers(1, 40), st.sampled_from([F32, BF16, F16]))
 def test_random_weights(kind, seed, N, dtype):
     for ops in BACKENDS.values():

@@ -100,12 +100,12 @@ def test_attention_puts_out_averages_of_values_that_heads_share():
 def test_moments_of_a_product_of_normal_numbers():
     """Against samples: gate ∘ up of inputs drawn with the covariance that gate and up are rounded for."""
     layer = made_layer(3)
-    draws = np.random.default_rng(3).multivariate_normal(np.zeros(C), guesses(layer)["up"], 200_000)
+    draws = np.random.default_rng(3).multivariate_normal(np.zeros(C), guesses(layer)["up"], 50_000)
     products = (draws @ layer.gate.astype(np.float64).T) * (draws @ layer.up.astype(np.float64).T)
     expected = unit(second(products)) + 0.5 * np.eye(F)
     found = guesses(layer)["down"]
-    assert np.abs(found - expected).max() < 0.04 * np.abs(expected).max()
-    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+    assert np.abs(found - expected).max() < 0.08 * np.abs(expected).max()
+    assert np.linalg.norm(found - expected) < 0.04 * np.linalg.norm(expected)
 
 
 def test_guesses_are_the_same_for_weights_of_any_size():
