@@ -88,8 +88,8 @@ class Worker:
             end = EngineClosed("the engine was closed before the request was finished")
         except BaseException as error:  # not swallowed: every caller gets it
             traceback.clear_frames(error.__traceback__)  # or it would hold the model
-            told = error if isinstance(error, EngineError) else f"an internal error: {error!r}"
-            end = EngineClosed(f"the engine stopped after {told}")
+            why = f": {error}" if isinstance(error, EngineError) else f" after an internal error: {error!r}"
+            end = EngineClosed(f"the engine stopped{why}")
             end.__cause__ = error
             self._shut(end)
         for request in self._requests | self._left_in_inbox():
