@@ -7,10 +7,10 @@ What is left of NVFP4's loss on the bundled model, whose share 1 is nvfp4 rtn's 
 precision (results/compare_demo.json has all methods, perplexities and their intervals):
 
                    rtn   4over6   sweep   gram
-    w4a16          .42    .35      .30     .24
-    sharq          .59    .54      .48     .40
-    sharq-dense    .49    .44      .39     .30
-    sharq-mxfp4    .83             .78     .63
+    w4a16          .42    .35      .30     .21
+    sharq          .59    .54      .48     .36
+    sharq-dense    .49    .44      .39     .26
+    sharq-mxfp4    .83             .78     .59
 """
 
 from __future__ import annotations
