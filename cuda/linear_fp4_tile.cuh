@@ -146,12 +146,13 @@ struct Fp4Path {
         return in_order<permuted>(pairs);
     }
 
-    // The four that a sparse backbone kept of them: each group of four k of the permuted order (or HiF4's own) gives two.
+    // The four that a sparse backbone kept of them: two of each group of four k in the permuted order (or HiF4's own).
     template <class Codes>
     __device__ __forceinline__ uint2 kept(i64 t, int k) const {
         const u32 codes_kept = reinterpret_cast<const unsigned short*>(codes)[(t * K + k) / 8];
         u32 pairs[4];  // of kept ones 0 and 2, 1 and 3
-        Codes::input_values((codes_kept & 0xffu) | (codes_kept & 0xff00u) << 8, scale_of<Codes>(t, k), k / 8 % 8, pairs);
+        const u32 word = (codes_kept & 0xffu) | (codes_kept & 0xff00u) << 8;
+        Codes::input_values(word, scale_of<Codes>(t, k), k / 8 % 8, pairs);
         return Codes::kMetadataBits == 4 ? make_uint2(pairs[0], pairs[1])
                                          : make_uint2(__byte_perm(pairs[0], pairs[1], 0x5410),
                                                       __byte_perm(pairs[0], pairs[1], 0x7632));

@@ -22,8 +22,9 @@
 // − 2 read last. Order of sums: over slice_k the tensor core's, of each 64 k the first path before the second; slices
 // are added in fp32. It depends on K alone.
 //
-// Grid: x token blocks, y row blocks. Shared memory: 4 · 16 KB, through which results pass as well. M, N any; K padded
-// to 128. Limits: see linear_wgmma.cuh. What hardware must show besides: the metadata's order (CUTLASS's, not measured).
+// Grid: x token blocks, y row blocks. Shared memory: 68 KB, 4 · 16 of weights and then the results. M, N any; K padded
+// to 128. Limits: see linear_wgmma.cuh. What hardware must show besides: the metadata's order (CUTLASS's, not
+// measured).
 // Reference: ReferenceOps.fp4_linear, w4a16_linear.
 #pragma once
 

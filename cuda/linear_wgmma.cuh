@@ -143,7 +143,8 @@ __device__ __forceinline__ void wgmma_linear(const WeightTile& weight, const Til
             ptx::wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kTileK / 16; ++k)
-                warpgroup_product(sums, tile_descriptor(x + 32 * k), tile_descriptor(w + 32 * k), k > 0 || step > begin);
+                warpgroup_product(sums, tile_descriptor(x + 32 * k), tile_descriptor(w + 32 * k),
+                                  k > 0 || step > begin);
             ptx::wgmma_commit();
             copy(step + kWgmmaStages - 2);
             if (!WeightTile::kCopied && step + 1 < steps)
