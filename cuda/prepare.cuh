@@ -7,11 +7,11 @@
 //
 // What bounds them, estimated (no GPU has run them): instructions for an element of bf16 on sm_90a, counted in machine
 // code (tests/test_cuda_prepare_sass.py), about half of them for the integer units, which take one every other cycle:
-//     SharQ         NVFP4 sparse 25.6, dense 26.6; MXFP4 22.3, 23.4; HiF4 50, 39
+//     SharQ         NVFP4 sparse 26.3, dense 26.4; MXFP4 22.3, 23.4; HiF4 49, 39
 //     others        one path in NVFP4 13.9, MXFP4 11.3, HiF4 20; FP8 4.9
 //     before that   1.4 for a plain row, 8.1 with a norm, 26.2 with silu; and about 170 for each thread of a row
 // An H200's schedulers have 27.8 for 70 % of its bandwidth on plain and normalised rows of SharQ, 47 with silu: plain
-// rows can reach that, normalised ones 58 %, those with silu 63 %.
+// rows can reach that, normalised ones 57 %, those with silu 62 %.
 //
 // Few rows: a row of K = 18944 with silu is 37 warps' tiles of 830 instructions, on one SM 4.5 µs at least, where the
 // 132 of an H200 would need less than a launch. The largest magnitude keeps them from sharing it: what would help is a

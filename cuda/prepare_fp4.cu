@@ -56,7 +56,7 @@ __device__ __forceinline__ void prepare_fp4(const Source& from, const float* ten
         void *payload, void *scale, float *g, int *invalid
 #define SOURCE(T) (RowSource<T, true>{x, x_stride, norm_weight, eps, silu, K})
 #define PREPARE(Format, T) prepare_fp4<Format>(SOURCE(T), tensor_amax, payload, scale, g, invalid)
-#define KERNEL extern "C" __global__ void __launch_bounds__(512)
+#define KERNEL extern "C" __global__ void __launch_bounds__(1024)
 
 KERNEL prepare_fp4_nvfp4_bf16(PARAMETERS(bf16)) { PREPARE(Nvfp4, bf16); }
 KERNEL prepare_fp4_nvfp4_f16(PARAMETERS(f16)) { PREPARE(Nvfp4, f16); }

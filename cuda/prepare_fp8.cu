@@ -38,7 +38,7 @@ __device__ __forceinline__ void prepare_fp8(const Source& from, uint4* codes, fl
         int *invalid
 #define PREPARE(T)                                                                                                     \
     prepare_fp8(RowSource<T, false>{x, x_stride, norm_weight, eps, silu, K}, codes, scale, invalid)
-#define KERNEL extern "C" __global__ void __launch_bounds__(512)
+#define KERNEL extern "C" __global__ void __launch_bounds__(1024)
 
 KERNEL prepare_fp8_bf16(PARAMETERS(bf16)) { PREPARE(bf16); }
 KERNEL prepare_fp8_f16(PARAMETERS(f16)) { PREPARE(f16); }

@@ -11,9 +11,10 @@
 //         Beyond K: codes 0, scales 0, metadata nibbles 0100
 //         *invalid: 0 before; 1 + a row that holds NaN or infinity, or becomes infinite in bf16; that row is unwritten
 //
-// Grid: T blocks of a multiple of 32 threads; a block owns a row, a thread a tile of 16 k at a time; P/16 threads, at
-// most 512, for speed. Shared memory: 640 bytes, and where a norm or silu is fused 2K dynamic ones (beyond 48 KiB the
-// launcher asks for them). Bytes moved per element with bf16 x: 2 in (silu 4), .91 out for sparse NVFP4.
+// Grid: T blocks of a multiple of 32 threads, at most 1024 (HiF4 384); a block owns a row, a thread a tile of 16 k at a
+// time; P/16 threads for speed where rows are few, a quarter where they are many. Shared memory: 640 bytes, and where a
+// norm or silu is fused 2K dynamic ones (beyond 48 KiB the launcher asks for them). Bytes moved per element with bf16
+// x: 2 in (silu 4), .91 out for sparse NVFP4.
 //
 // prepare_amax: the first of two launches for one g of all rows. *amax, 0 before, becomes the largest magnitude.
 // Reference: ReferenceOps.prepare_sharq, bit for bit.
@@ -170,7 +171,7 @@ __device__ __forceinline__ void prepare_amax(const Source& from, float* amax, in
 #define PREPARE(Format, sparse, T)                                                                                     \
     prepare_sharq<Format, sparse>(SOURCE(T), tensor_amax, backbone, meta, backbone_scale, residual, residual_scale, g, \
                                   invalid)
-#define KERNEL extern "C" __global__ void __launch_bounds__(512)
+#define KERNEL extern "C" __global__ void __launch_bounds__(1024)
 
 KERNEL prepare_sharq_nvfp4_sparse_bf16(PARAMETERS(bf16)) { PREPARE(Nvfp4, true, bf16); }
 KERNEL prepare_sharq_nvfp4_sparse_f16(PARAMETERS(f16)) { PREPARE(Nvfp4, true, f16); }
@@ -186,13 +187,17 @@ KERNEL prepare_sharq_mxfp4_dense_bf16(PARAMETERS(bf16)) { PREPARE(Mxfp4, false, 
 KERNEL prepare_sharq_mxfp4_dense_f16(PARAMETERS(f16)) { PREPARE(Mxfp4, false, f16); }
 KERNEL prepare_sharq_mxfp4_dense_f32(PARAMETERS(float)) { PREPARE(Mxfp4, false, float); }
 
+KERNEL prepare_amax_bf16(ROWS(bf16), float* amax, int* invalid) { prepare_amax(SOURCE(bf16), amax, invalid); }
+KERNEL prepare_amax_f16(ROWS(f16), float* amax, int* invalid) { prepare_amax(SOURCE(f16), amax, invalid); }
+KERNEL prepare_amax_f32(ROWS(float), float* amax, int* invalid) { prepare_amax(SOURCE(float), amax, invalid); }
+
+// More than 64 registers a thread.
+#undef KERNEL
+#define KERNEL extern "C" __global__ void __launch_bounds__(384)
+
 KERNEL prepare_sharq_hif4_sparse_bf16(PARAMETERS(bf16)) { PREPARE(Hif4, true, bf16); }
 KERNEL prepare_sharq_hif4_sparse_f16(PARAMETERS(f16)) { PREPARE(Hif4, true, f16); }
 KERNEL prepare_sharq_hif4_sparse_f32(PARAMETERS(float)) { PREPARE(Hif4, true, float); }
 KERNEL prepare_sharq_hif4_dense_bf16(PARAMETERS(bf16)) { PREPARE(Hif4, false, bf16); }
 KERNEL prepare_sharq_hif4_dense_f16(PARAMETERS(f16)) { PREPARE(Hif4, false, f16); }
 KERNEL prepare_sharq_hif4_dense_f32(PARAMETERS(float)) { PREPARE(Hif4, false, float); }
-
-KERNEL prepare_amax_bf16(ROWS(bf16), float* amax, int* invalid) { prepare_amax(SOURCE(bf16), amax, invalid); }
-KERNEL prepare_amax_f16(ROWS(f16), float* amax, int* invalid) { prepare_amax(SOURCE(f16), amax, invalid); }
-KERNEL prepare_amax_f32(ROWS(float), float* amax, int* invalid) { prepare_amax(SOURCE(float), amax, invalid); }

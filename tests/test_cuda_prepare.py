@@ -271,13 +271,13 @@ def test_padding_and_sizes(K):
 def test_the_largest_k():
     x, gate_up = activations(1, 1, 32768, BF16), activations(1, 1, 65536, BF16)
     for rows in ({"x": x, "norm": norm_of(32768)}, {"x": gate_up, "silu": True}, {"x": x}):
-        assert_sharq(Rows(threads=512, **rows), "nvfp4", True)
+        assert_sharq(Rows(threads=1024, **rows), "nvfp4", True)
         assert_fp4(Rows(threads=512, **rows), "hif4")
-        assert_fp8(Rows(threads=512, **rows))
+        assert_fp8(Rows(threads=1024, **rows))
 
 
 @each_build
-@pytest.mark.parametrize("threads", [32, 96, 512])
+@pytest.mark.parametrize("threads", [32, 96, 1024])
 def test_any_block_size_schedule_and_poison(threads, checked):
     x, gate_up = activations(2, 2, 1056, BF16), activations(3, 2, 2 * 1056, BF16)
     for schedule, poison in zip(SCHEDULES, (0xFF, 0, 0x7F, 0x3C), strict=True):

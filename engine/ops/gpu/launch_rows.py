@@ -102,7 +102,8 @@ class Rows:
         shared = -(-self.K // 16) * 32 if self.silu or self.norm else 0
         rows = [self.x, row_stride(self.x), weight, np.float32(eps), np.int32(self.silu), np.int32(self.K)]
         name = f"{kernel}_{_NAMES[self.x.dtype]}"
-        return Launch(source, name, (self.T, 1, 1), (32 * min(16, warps), 1, 1), shared, [*rows, *args])
+        block = (32 * min(warps, 12 if "hif4" in kernel else 32), 1, 1)  # as many threads as registers allow
+        return Launch(source, name, (self.T, 1, 1), block, shared, [*rows, *args])
 
 
 def prepare_amax(rows: Rows, amax: Any, invalid: Any) -> Launch:
