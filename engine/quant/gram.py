@@ -26,12 +26,17 @@ of the bundled model (means over layers), and the squared error of the outputs t
     the identity                                     .39         .44      .32   .45
     squared error by this guess                      .61         .65      .29   .87
 
+The constants were chosen by the Kullback-Leibler divergence on other text than results/compare_demo.json's. Perplexity
+is a noisier judge: the share of NVFP4's loss that `sharq` wins back differs by ± 3 % between dampings of .4 and .6.
+
 A weight on its own (a head, `engine.quant.fp4.quantize_weight`) has unit(wᵀw) + ½ I for its input, or `sweep` where it
 has fewer rows than K.
 
 Beyond K = 4096 the columns are cut into equal parts, each with its own H: what errors of one part do to another's is
 left out, and no matrix larger than that is decomposed. Products are fp32, the decomposition fp64, by NumPy's libraries:
-another machine's may tip a code that is nearly a tie; given H every backend makes the same bits.
+another machine's may tip a code that is nearly a tie; given H every backend makes the same bits. For the layers of a
+model with seven billion parameters (Qwen2.5-7B's shapes) the guesses take some twenty minutes of one core and 0.6 GB,
+the codes forty, shared by all threads; `sweep` takes half a minute. In NumPy the codes take seventy times as long.
 """
 
 from __future__ import annotations
