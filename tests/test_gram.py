@@ -15,7 +15,7 @@ import pytest
 from test_quantize_cli import opened
 from tiny_models import write_model
 
-from engine import LLM
+from engine import LLM, loading
 from engine.errors import InvalidArgument, NumericalError
 from engine.fp4_types import Fp4Matrix
 from engine.json_file import read_json
@@ -257,6 +257,19 @@ def test_a_model_runs_as_its_quantised_file_does(source, tmp_path):
     models = LLM(str(source), quant="sharq", grade="gram", quant_head="nvfp4"), LLM(str(tmp_path / "out"))
     with models[0] as made, models[1] as stored:
         np.testing.assert_array_equal(made.logits([1, 2, 3]), stored.logits([1, 2, 3]))
+
+
+def test_the_cache_holds_what_loading_makes(source, tmp_path, monkeypatch):
+    def logits(**options):
+        with LLM(str(source), quant="sharq", grade="gram", **options) as llm:
+            return llm.logits([1, 2, 3])
+
+    wanted = logits(quant_cache=False)
+    monkeypatch.setattr(loading, "WORTH_CACHING", 0)
+    monkeypatch.setenv("ENGINE_CACHE", str(tmp_path))
+    np.testing.assert_array_equal(logits(), wanted)
+    monkeypatch.delattr(gram, "quantize_layer")
+    np.testing.assert_array_equal(logits(), wanted)
 
 
 def test_the_layer_of_a_bad_tensor_is_named(source, tmp_path):

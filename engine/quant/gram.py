@@ -27,7 +27,7 @@ of the bundled model (means over layers), and the squared error of the outputs t
     squared error by this guess                      .61         .65      .29   .87
 
 The constants were chosen by the Kullback-Leibler divergence on other text than results/compare_demo.json's. Perplexity
-is a noisier judge: the share of NVFP4's loss that `sharq` wins back differs by ± 3 % between dampings of .4 and .6.
+is a noisier judge: between dampings of .4 and .6 the share of NVFP4's loss that `sharq` wins back moves by four points.
 
 A weight on its own (a head, `engine.quant.fp4.quantize_weight`) has unit(wᵀw) + ½ I for its input, or `sweep` where it
 has fewer rows than K.
