@@ -14,7 +14,8 @@ _EMULATED = "sm_90"
 
 
 def select_backend(device: str = "auto", threads: int | None = None, *, deterministic: bool = False) -> Ops:
-    """The backend for `device`; threads only concern the CPU (None = physical cores this process may use).
+    """The backend for `device`; threads concern the CPU, which also quantises for a GPU (None = physical cores this
+    process may use).
 
     "auto" is the CPU, whose results are proven; "cuda" is asked for by name. "numpy" is the slow, exact definition of
     every operation. "cuda:extension" takes the kernels from `engine._cuda` instead of compiling them by NVRTC;
@@ -37,7 +38,7 @@ def select_backend(device: str = "auto", threads: int | None = None, *, determin
         debug = variant.rpartition(":")[2] == "debug"
         loader = variant.removesuffix("debug").removesuffix(":") if debug else variant
         cuda = CudaDevice(loader or "nvrtc", debug=debug)
-        return GpuOps(cuda, deterministic=deterministic, record=not debug)
+        return GpuOps(cuda, deterministic=deterministic, record=not debug, host=_cpu(threads))
     if kind == "emulate":
         from engine.ops.gpu.backend import GpuOps
         from engine.ops.gpu.device import EmulatedDevice

@@ -27,7 +27,7 @@ from engine.core import Batch, StepLimits
 from engine.errors import InvalidArgument
 from engine.fp4_types import Format, Fp4Matrix
 from engine.fp8_types import Fp8Matrix
-from engine.ops.contract import Array, Norm
+from engine.ops.contract import Array, Norm, Ops
 from engine.ops.fp4.feedback import Feedback
 from engine.ops.fp4.grades import Grade
 from engine.ops.fp4.split import ScaleRule
@@ -148,11 +148,14 @@ class GpuOps:
 
     A token's result is bitwise the same beside any batch-mates and in any chunk; deterministic: whether it is prompt or
     answer, too. What that costs is the benchmarks' to say. record: whether decode steps are recorded and replayed.
+    host: what quantises weights and looks for NaN before they are uploaded, the same whatever it is; default: NumPy.
     """
 
     kv_block_size = 16
 
-    def __init__(self, device: Device, *, deterministic: bool = False, record: bool = True) -> None:
+    def __init__(
+        self, device: Device, *, deterministic: bool = False, record: bool = True, host: Ops | None = None
+    ) -> None:
         self.device = device
         self.deterministic = deterministic
         self._record = record
@@ -160,7 +163,7 @@ class GpuOps:
         self._fp4_instructions = device.arch in launch_linear_sm120.ARCHITECTURES
         fp4 = ", FP4 instructions" if self._fp4_instructions else ""
         self.kernel_path = device.name + fp4 + (", deterministic" if deterministic else "")
-        self._host = ReferenceOps()  # for what happens once, before weights are uploaded
+        self._host = host or ReferenceOps()
         self._scratch = Scratch(device)
         self._prefill = PrefillProducts(device, self._scratch)
         self._report = StepReport(device)
