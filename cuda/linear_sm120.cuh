@@ -411,7 +411,7 @@ __device__ __forceinline__ void linear_fp4(const Fp4Activations& x, const u8* we
     };
 
     ptx::launch_dependents();
-    if (Shape::kReadOnce) {  // the first weights, which no kernel writes, come as near as L2 meanwhile
+    if (Shape::kTokens == 16) {  // decoding: the first weights, which no kernel writes, come as near as L2 meanwhile
         const int bytes = min(kStages - 1, last_unit - fetched) * Block::kUnitBytes;
 #pragma unroll 1
         for (int tile = 0; tile < tiles; ++tile)
