@@ -7,6 +7,7 @@ The C++ beside it, in reading order:
     kernels.h  kernels.cpp    the table of kernels, compiled once per instruction set; how to add an operation
     cpu_features.cpp          what this CPU can run
     thread_pool.*  backend.*  persistent threads, scratch memory: what one CpuOps owns
+    weight_order.h            which weight comes next, for idle threads to fetch
     weight_tiles.h  packed_weight.*  slabs.*   weights re-laid in tiles of 32 columns, and the memory they lie in
     kv_cache.*                the paged cache in tiles of 16 tokens
     fp32_math.h               arithmetic that `engine.ops.reference` fixes to the last bit

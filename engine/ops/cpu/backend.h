@@ -6,6 +6,7 @@
 #include "scratch.h"
 #include "slabs.h"
 #include "thread_pool.h"
+#include "weight_order.h"
 
 namespace engine {
 
@@ -17,6 +18,7 @@ struct Backend {
     ThreadPool pool;
     Scratch scratch;
     Slabs weights;
+    WeightOrder order;
     const Kernels& kernels;
     std::mutex busy;  // held during an operation: one at a time per backend
 };

@@ -287,7 +287,7 @@ void fp4_linear(Backend& backend, const py::object& operand, const PackedFp4& w,
         reject("activations with K = " + std::to_string(x.K) + " do not multiply weights with K = "
                + std::to_string(w.K));
     const Fp4LinearArgs args{x, w.data(), w.g(), w.block, product_out(out, x.T, w.N, bias, residual)};
-    const Running running(backend);
+    const Multiplying running(backend, w, w.nbytes);
     backend.kernels.fp4_linear(args, backend.pool, backend.scratch);
 }
 
@@ -298,7 +298,7 @@ void w4a16_linear(Backend& backend, const py::array& x_array, const PackedFp4& w
     const W4a16Args args{x.data,   x.type, x.stride, x.rows,
                          w.K,      w.format, w.data(), w.g(),
                          w.block,  product_out(out, x.rows, w.N, bias, residual)};
-    const Running running(backend);
+    const Multiplying running(backend, w, w.nbytes);
     backend.kernels.w4a16_linear(args, backend.pool, backend.scratch);
 }
 

@@ -89,7 +89,7 @@ std::unique_ptr<PackedFp8> pack_fp8(Backend& backend, const py::sequence& object
 
 void multiply(Backend& backend, Fp8LinearArgs args, const PackedFp8& w) {
     args.K = w.K, args.w = w.data(), args.w_scale = w.scale(), args.w_step = w.step;
-    const Running running(backend);
+    const Multiplying running(backend, w, w.nbytes());
     backend.kernels.fp8_linear(args, backend.pool, backend.scratch);
 }
 

@@ -66,7 +66,7 @@ void linear(Backend& backend, const py::array& x_array, const BoundWeight& weigh
         args.residual = residual.data;
         args.residual_stride = residual.stride;
     }
-    const Running running(backend);
+    const Multiplying running(backend, w, w.nbytes);
     backend.kernels.linear(args, backend.pool, backend.scratch);
 }
 

@@ -65,6 +65,24 @@ private:
     std::lock_guard<std::mutex> lock_;
 };
 
+// The same while a weight is multiplied; afterwards idle threads fetch the beginning of the one that will be next.
+class Multiplying {
+public:
+    template <class Packed>
+    Multiplying(Backend& backend, const Packed& w, size_t bytes)
+        : running_(backend), pool_(backend.pool), next_(backend.order.after({static_cast<const char*>(w.data()), bytes})) {
+        pool_.expect({});
+    }
+    ~Multiplying() { pool_.expect(next_); }
+    Multiplying(const Multiplying&) = delete;
+    Multiplying& operator=(const Multiplying&) = delete;
+
+private:
+    Running running_;
+    ThreadPool& pool_;
+    const Span next_;
+};
+
 using BackendClass = py::class_<Backend>;
 void bind_linear(py::module_& module, BackendClass& backend);
 void bind_rows(BackendClass& backend);

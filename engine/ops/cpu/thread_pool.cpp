@@ -19,6 +19,8 @@ namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr int kPausesPerClockRead = 32;
+constexpr size_t kFetched = 512;                  // bytes between two looks for news
+constexpr size_t kMostAhead = size_t{512} << 10;  // half of a common L2
 constexpr int kPausesBeforeYield = 2000;  // the caller, waiting for a worker that is at work (or was descheduled)
 
 std::atomic<uint32_t> fork_count{0};
@@ -76,6 +78,8 @@ struct ThreadPool::State {
     void* body = nullptr;
     std::atomic<int> caller_cpu{-1};
     std::exception_ptr error;  // guarded by mutex
+    std::atomic<const char*> expected{nullptr};
+    std::atomic<size_t> expected_bytes{0};
 
     std::mutex mutex;
     std::condition_variable wake;
@@ -163,9 +167,27 @@ struct ThreadPool::State {
         }
     }
 
+    // How much of what is expected a worker has fetched.
+    struct Ahead {
+        const char* whole = nullptr;
+        size_t done = 0;
+    };
+
+    // The two values may be of different spans for a moment: prefetching a wrong address does nothing.
+    void fetch(int thread, Ahead& ahead) {
+        const char* whole = expected.load(std::memory_order_relaxed);
+        if (whole != ahead.whole) ahead = {whole, 0};
+        const size_t part = expected_bytes.load(std::memory_order_relaxed) / parts.size();
+        if (ahead.done >= std::min(part, kMostAhead)) return;
+        const char* from = whole + part * static_cast<size_t>(thread) + ahead.done;
+        for (size_t line = 0; line < kFetched; line += 64) __builtin_prefetch(from + line, 0, 2);
+        ahead.done += kFetched;
+    }
+
     void work_until_stopped(int thread) {
         uint32_t seen = 0;
-        while (wait_for_loop_after(seen)) {
+        Ahead ahead;
+        while (wait_for_loop_after(seen, thread, ahead)) {
             const int occupied = caller_cpu.load(std::memory_order_relaxed);
             if (occupied >= 0 && occupied == current_cpu()) leave_cpu(occupied);
             uint64_t now = gate.load();
@@ -180,12 +202,13 @@ struct ThreadPool::State {
     }
 
     // False when the pool is being destroyed.
-    bool wait_for_loop_after(uint32_t seen) {
+    bool wait_for_loop_after(uint32_t seen, int thread, Ahead& ahead) {
         const auto news = [&] { return loop_of(gate.load()) != seen || stop.load(); };
         const auto deadline = std::chrono::steady_clock::now() + kSpin;
         do {
             for (int i = 0; i < kPausesPerClockRead; ++i) {
                 if (news()) return !stop.load();
+                fetch(thread, ahead);
                 pause();
             }
         } while (std::chrono::steady_clock::now() < deadline);
@@ -208,6 +231,11 @@ ThreadPool::~ThreadPool() {
     state_->wake_all();
     for (std::thread& worker : state_->workers) worker.join();
     delete state_;
+}
+
+void ThreadPool::expect(Span memory) {
+    state_->expected.store(memory.data, std::memory_order_relaxed);
+    state_->expected_bytes.store(memory.bytes, std::memory_order_relaxed);
 }
 
 void ThreadPool::run(int64_t count, int64_t grain, Order order, Call call, void* body) {

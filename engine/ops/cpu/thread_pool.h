@@ -5,13 +5,22 @@
 // that wakes late finds nothing left and nobody waits for it. Which thread computes a range must therefore not matter
 // for the result.
 //
+// Between the products of a decode step the memory would stand still while one thread prepares the next: spinning
+// workers then fetch what they will be the first to read (`expect`).
+//
 // One loop at a time per pool: callers lock (see Backend in backend.h). Loops do not nest. After fork() the child
 // starts workers of its own at its first loop.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace engine {
+
+struct Span {
+    const char* data = nullptr;
+    size_t bytes = 0;
+};
 
 class ThreadPool {
 public:
@@ -44,6 +53,10 @@ public:
             (*static_cast<Body*>(b))(begin, end, thread);
         }, &body);
     }
+
+    // Until told otherwise, workers that wait bring the beginning of their part of `memory` into their caches: it is
+    // what the next loop of streams will read. Nothing is read that counts, so it need not be there.
+    void expect(Span memory);
 
 private:
     using Call = void (*)(void* body, int64_t begin, int64_t end, int thread);
