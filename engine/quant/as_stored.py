@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.ops.contract import Array, Ops, PackedWeight
-from engine.quant.method import Weight
+from engine.quant.method import BackendProduct, Weight
 from engine.workspace import Workspace
 
 
-class AsStored:
+class AsStored(BackendProduct):
     """Operands are the activations themselves; norms and SwiGLU run as operations of their own."""
 
     name = "bf16"  # the name users know, whatever type the checkpoint has
@@ -36,17 +36,9 @@ class AsStored:
         T, width = gate_up.shape
         return self._ops.silu_mul(gate_up, out=self._workspace.take("silu_mul", (T, width // 2), gate_up.dtype))
 
-    def matmul(
-        self,
-        operand: Array,
-        weight: PackedWeight,
-        *,
-        out: Array,
-        bias: NDArray[np.float32] | None = None,
-        residual: Array | None = None,
-        num_decode_rows: int | None = None,
-    ) -> Array:
-        return self._ops.linear(operand, weight, out=out, bias=bias, residual=residual, num_decode_rows=num_decode_rows)
+    @property
+    def _product(self) -> Callable[..., Array]:
+        return self._ops.linear
 
 
 class PlainActivations:

@@ -11,7 +11,7 @@ both of SharQ's paths are one pass over the weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -26,7 +26,7 @@ from engine.quant import fp4
 from engine.quant.as_stored import AsStored, PlainActivations
 from engine.quant.grades import quantize_shards
 from engine.quant.groups import per_16
-from engine.quant.method import Weight
+from engine.quant.method import BackendProduct, Weight
 
 F32 = NDArray[np.float32]
 Paths = Literal["weights only", "one", "sparse and dense", "dense and dense"]
@@ -41,7 +41,7 @@ class Fp4Rule:
     paths: Paths
 
 
-class Fp4Linear:
+class Fp4Linear(BackendProduct):
     """One FP4 method with activations in one or two paths."""
 
     def __init__(self, name: str, rule: Fp4Rule, quant: QuantConfig, ops: Ops) -> None:
@@ -79,19 +79,9 @@ class Fp4Linear:
         sparse = rule.paths == "sparse and dense"
         return self._ops.prepare_sharq(x, format=rule.format, sparse=sparse, scale=self._scale, norm=norm, silu=silu)
 
-    def matmul(
-        self,
-        operand: Any,
-        weight: Any,
-        *,
-        out: Array,
-        bias: F32 | None = None,
-        residual: Array | None = None,
-        num_decode_rows: int | None = None,
-    ) -> Array:
-        return self._ops.fp4_linear(
-            operand, weight, out=out, bias=bias, residual=residual, num_decode_rows=num_decode_rows
-        )
+    @property
+    def _product(self) -> Callable[..., Array]:
+        return self._ops.fp4_linear
 
 
 class WeightsOnly(PlainActivations, Fp4Linear):
@@ -101,19 +91,9 @@ class WeightsOnly(PlainActivations, Fp4Linear):
         Fp4Linear.__init__(self, name, rule, quant, ops)
         self._full = full
 
-    def matmul(
-        self,
-        operand: Any,
-        weight: Any,
-        *,
-        out: Array,
-        bias: F32 | None = None,
-        residual: Array | None = None,
-        num_decode_rows: int | None = None,
-    ) -> Array:
-        return self._ops.w4a16_linear(
-            operand, weight, out=out, bias=bias, residual=residual, num_decode_rows=num_decode_rows
-        )
+    @property
+    def _product(self) -> Callable[..., Array]:
+        return self._ops.w4a16_linear
 
 
 class CompatSharq(Fp4Linear):

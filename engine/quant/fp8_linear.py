@@ -6,7 +6,7 @@ weights only      activations as they are; what an FP8 head uses: it sees few ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,12 @@ from engine.fp8_types import Fp8Matrix
 from engine.ops.contract import Array, Ops
 from engine.quant import fp8
 from engine.quant.as_stored import AsStored, PlainActivations
-from engine.quant.method import Weight
+from engine.quant.method import BackendProduct, Weight
 
 F32 = NDArray[np.float32]
 
 
-class Fp8Linear:
+class Fp8Linear(BackendProduct):
     """Weights and activations in E4M3. Any K."""
 
     name = "fp8"
@@ -41,19 +41,9 @@ class Fp8Linear:
     def prepare_silu_mul(self, gate_up: Array) -> Any:
         return self._ops.prepare_fp8(gate_up, silu=True)
 
-    def matmul(
-        self,
-        operand: Any,
-        weight: Any,
-        *,
-        out: Array,
-        bias: F32 | None = None,
-        residual: Array | None = None,
-        num_decode_rows: int | None = None,
-    ) -> Array:
-        return self._ops.fp8_linear(
-            operand, weight, out=out, bias=bias, residual=residual, num_decode_rows=num_decode_rows
-        )
+    @property
+    def _product(self) -> Callable[..., Array]:
+        return self._ops.fp8_linear
 
 
 class Fp8WeightsOnly(PlainActivations, Fp8Linear):
@@ -63,19 +53,9 @@ class Fp8WeightsOnly(PlainActivations, Fp8Linear):
         Fp8Linear.__init__(self, ops)
         self._full = full
 
-    def matmul(
-        self,
-        operand: Any,
-        weight: Any,
-        *,
-        out: Array,
-        bias: F32 | None = None,
-        residual: Array | None = None,
-        num_decode_rows: int | None = None,
-    ) -> Array:
-        return self._ops.w8a16_linear(
-            operand, weight, out=out, bias=bias, residual=residual, num_decode_rows=num_decode_rows
-        )
+    @property
+    def _product(self) -> Callable[..., Array]:
+        return self._ops.w8a16_linear
 
 
 def _quantized(shard: Weight) -> Fp8Matrix:

@@ -10,7 +10,7 @@ An operand and a packed weight are opaque to layers; a method only ever receives
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engine.fp4_types import Fp4Matrix
 from engine.fp8_types import Fp8Matrix
-from engine.ops.contract import Array
+from engine.ops.contract import Array, Ops
 
 Weight = Array | Fp4Matrix | Fp8Matrix  # one shard [N, K], plain or as a quantised checkpoint stores it
 
@@ -57,3 +57,26 @@ class LinearMethod(Protocol):
 
         num_decode_rows: as in the step's `Batch`.
         """
+
+
+class BackendProduct:
+    """What methods share whose `matmul` is one of the backend's products as it is."""
+
+    _ops: Ops
+
+    @property
+    def _product(self) -> Callable[..., Array]:
+        """`Ops.linear`, or another with its parameters."""
+        raise NotImplementedError
+
+    def matmul(
+        self,
+        operand: Any,
+        weight: Any,
+        *,
+        out: Array,
+        bias: NDArray[np.float32] | None = None,
+        residual: Array | None = None,
+        num_decode_rows: int | None = None,
+    ) -> Array:
+        return self._product(operand, weight, out=out, bias=bias, residual=residual, num_decode_rows=num_decode_rows)
